@@ -1,0 +1,442 @@
+"""What every backbone of the zoo has in common: the model and its timm-facing contract, once.
+
+Legend: B batch, C channels, H and W height and width of the image, s the stride of a stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from timm import layers as timm_layers
+from timm.layers import trunc_normal_
+from timm.models import checkpoint, register_notrace_function, register_notrace_module
+from timm.models._features import (
+    FeatureDictNet,
+    FeatureGetterNet,
+    FeatureHookNet,
+    FeatureInfo,
+    FeatureListNet,
+)
+from timm.models._features_fx import FeatureGraphNet
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layers.conv import prefers_channels_last
+
+
+@register_notrace_function
+def check_image(x: torch.Tensor, in_chans: int) -> None:
+    """Raise a ValueError unless `x` is a (B, in_chans, H, W) floating-point batch, H, W >= 1."""
+    if torch.jit.is_tracing():
+        return  # sizes are traced values then, and a branch on them would be burnt in
+    if x.ndim != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
+        raise ValueError(
+            f"the image batch has shape {tuple(x.shape)}: (B, {in_chans}, H, W) with H and W of "
+            "at least 1 is taken (in_chans= of create_model changes the channels)"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"the image batch has dtype {x.dtype}: a floating-point one is taken")
+
+
+@contextlib.contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep BatchNorm's running statistics as they are while `module` is computed again."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@register_notrace_module
+class Stage(nn.Module):
+    """One resolution level: a resolution change, then blocks. NCHW in and out.
+
+    Args:
+        downsample: changes the resolution and the channels (an identity in the first stage).
+        blocks: modules that keep the shape (B, C, H / s, W / s).
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def __init_subclass__(cls) -> None:
+        register_notrace_module(cls)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return self.blocks(x)
+        for block in self.blocks:
+            # Compilers replay no side effects, and take no context of ours.
+            context = (
+                {}
+                if torch.compiler.is_compiling()
+                else {
+                    "context_fn": lambda block=block: (
+                        contextlib.nullcontext(),
+                        _frozen_statistics(block),
+                    )
+                }
+            )
+            x = checkpoint(block, x, **context)
+        return x
+
+
+class ClassifierHead(timm_layers.ClassifierHead):
+    """Global pooling, dropout and a linear classifier: (B, C, H, W) -> (B, num_classes).
+
+    Args:
+        in_features: channels C.
+        num_classes: classes; 0 leaves the pooled features (B, C).
+        pool_type: "avg", "max", "avgmax", "catavgmax" or, with num_classes=0, "" for none.
+        drop_rate: dropout rate before the classifier.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, pool_type: str = "avg", drop_rate: float = 0.0
+    ) -> None:
+        super().__init__(in_features, num_classes, pool_type, drop_rate)
+        self._replace_classifier(num_classes)
+
+    def make_classifier(self, num_classes: int) -> nn.Module:
+        """Make the classifier of (B, num_features) features, `num_classes` > 0."""
+        return nn.Linear(self.num_features, num_classes)
+
+    def _replace_classifier(self, num_classes: int) -> None:
+        if num_classes > 0:
+            fc = self.make_classifier(num_classes)
+            fc.to(next(self.fc.parameters())).train(self.training)
+            self.fc = fc
+            init_linear(self.fc)
+
+    def reset(self, num_classes: int, pool_type: str | None = None, **kwargs: Any) -> None:
+        super().reset(num_classes, pool_type, **kwargs)
+        self._replace_classifier(num_classes)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initialise linear layers within `module`: truncated normal of std 0.02, zero bias."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            trunc_normal_(child.weight, std=0.02)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+
+def fuse_children(module: nn.Module) -> None:
+    """Call `fuse()` of every descendant of `module` that has one, in place."""
+    for child in [m for m in module.modules() if m is not module]:
+        if hasattr(child, "fuse"):
+            child.fuse()
+
+
+class HierarchicalBackbone(nn.Module):
+    """Stem, stages, norm and head of a hierarchical backbone, with timm's model contract.
+
+    Stage maps are NCHW of exactly ceil(H / s) x ceil(W / s), s = `strides`, contiguous when the
+    image is. A subclass builds the parts in its constructor and hands them over.
+
+    Args:
+        stem: (B, in_chans, H, W) -> map of the first stage's resolution.
+        stages: modules from map to map; what a stage returns is what users get.
+        norm: norm of the last map, NCHW.
+        head: classifier head from the normed map.
+        in_chans: channels of the image.
+        strides: stride of each stage's map, in pixels.
+    """
+
+    # Norm of the official dense backbone's outputs ("batch_norm", "layer_norm"), None without.
+    dense_norm: str | None = None
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: Sequence[nn.Module],
+        norm: nn.Module,
+        head: ClassifierHead,
+        *,
+        dims: Sequence[int],
+        in_chans: int = 3,
+        strides: Sequence[int] = (4, 8, 16, 32),
+    ) -> None:
+        super().__init__()
+        register_notrace_module(type(stem))
+        self.stem = stem
+        self.stages = nn.Sequential(*stages)
+        self.norm = norm
+        self.head = head
+        self.in_chans = in_chans
+        self.num_features = dims[-1]
+        self.head_hidden_size = head.num_features
+        self.num_classes = getattr(head.fc, "out_features", 0)
+        self.feature_info = [
+            dict(num_chs=dim, reduction=stride, module=f"stages.{i}")
+            for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
+        ]
+        init_linear(self)
+
+    def adapt_checkpoint(self, state_dict: dict[str, torch.Tensor]) -> list[str]:
+        """Change a checkpoint, its keys already ours, in place to fit this instance.
+
+        For what key rules cannot say: tensors joined, split, or resized to other windows.
+
+        Returns:
+            One line per change that a user should know of.
+        """
+        return []
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters, beside one-dimensional ones, that no decay should touch."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for layer-wise learning rates: stem, blocks (coarse: stages), head."""
+        return dict(
+            stem=r"^stem",
+            blocks=[(r"^stages\.(\d+)", None), (r"^norm", (99999,))]
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)", (0,)),
+                (r"^norm", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass rather than keep their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier; an identity after `reset_classifier(0)`."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one.
+
+        Args:
+            num_classes: classes; 0 leaves pooled features.
+            global_pool: pooling from now on; as it was when None; "" (num_classes=0) for none.
+
+        Raises:
+            ValueError: `num_classes` is negative, or above 0 without pooling.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}: 0 (no classifier) or more is taken")
+        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
+        if num_classes and not pool:
+            raise ValueError(
+                f'num_classes={num_classes} needs a global_pool: "" is taken with num_classes=0'
+            )
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Compute stage maps, and the final normed map unless `intermediates_only`.
+
+        Args:
+            x: image batch (B, in_chans, H, W).
+            indices: stages by index, negative from the end, in the order wanted; an int n for
+                the last n; None for all.
+            norm: apply the final norm to the last stage's map (no other one fits it).
+            stop_early: skip the stages after the last one asked for; the final map is then
+                that of the last stage computed.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return the list alone.
+
+        Returns:
+            The maps in the order of `indices`; with the final map (B, C, H / 32, W / 32) before
+            them unless `intermediates_only`.
+
+        Raises:
+            ValueError: an index out of range, an unknown `output_fmt`, or an image batch of
+                another shape.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f'output_fmt is {output_fmt!r}: "NCHW" and "NHWC" are taken')
+        check_image(x, self.in_chans)
+        take = absolute_indices(indices, len(self.stages))
+        to_contiguous = x.is_contiguous()
+        x = self.stem(to_fast_format(x))
+        maps: dict[int, torch.Tensor] = {}
+        last = max(take) if stop_early or intermediates_only else len(self.stages) - 1
+        for i, stage in enumerate(self.stages[: last + 1]):
+            x = stage(x)
+            if i in take:
+                maps[i] = x
+        if last == len(self.feature_info) - 1 and (norm or not intermediates_only):
+            x = self.norm(x)
+            if norm and last in maps:
+                maps[last] = x
+        if to_contiguous:
+            maps = {i: feature.contiguous() for i, feature in maps.items()}
+            x = x.contiguous()
+        if output_fmt == "NHWC":
+            maps = {i: feature.permute(0, 2, 3, 1) for i, feature in maps.items()}
+        features = [maps[i] for i in take]
+        return features if intermediates_only else (x, features)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] | None = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop, in place, what the stage maps of `indices` do not need.
+
+        Args:
+            indices: as `forward_intermediates` takes them.
+            prune_norm: drop the final norm (it goes with the last stage in any case).
+            prune_head: drop the classifier.
+
+        Returns:
+            The indices from 0, in the order given.
+        """
+        take = absolute_indices(indices, len(self.stages))
+        last = max(take)
+        if prune_norm or last < len(self.stages) - 1:
+            self.norm = nn.Identity()
+        if last < len(self.stages) - 1:
+            self.num_features = self.feature_info[last]["num_chs"]
+            prune_head = True
+        self.stages = self.stages[: last + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the final normed map: (B, in_chans, H, W) -> (B, C, H / 32, W / 32)."""
+        check_image(x, self.in_chans)
+        return self.norm(self.stages(self.stem(to_fast_format(x))))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Compute logits (B, num_classes), or pooled features (B, C), from the normed map."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def fuse(self) -> HierarchicalBackbone:
+        """Fold BatchNorm into neighbouring convolutions, in place, and return the model.
+
+        For inference: outputs equal those of evaluation mode before. Checkpoints of the
+        unfused model no longer load.
+        """
+        fuse_children(self)
+        return self
+
+
+@register_notrace_function
+def to_fast_format(x: torch.Tensor) -> torch.Tensor:
+    """Give the image the memory format that inference on it is fastest with."""
+    if prefers_channels_last(x):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def absolute_indices(indices: int | Sequence[int] | None, num_stages: int) -> list[int]:
+    """Resolve stage indices to ones from 0, in the order given.
+
+    Args:
+        indices: indices, negative from the end; an int n for the last n; None for all.
+        num_stages: stages that there are.
+
+    Raises:
+        ValueError: none, one out of range, or one twice.
+    """
+    wanted = indices
+    if indices is None:
+        indices = range(num_stages)
+    elif isinstance(indices, int):
+        indices = range(num_stages - indices, num_stages) if 0 < indices <= num_stages else ()
+    absolute = [i + num_stages if i < 0 else i for i in indices]
+    if not absolute or any(not 0 <= i < num_stages for i in absolute):
+        raise ValueError(
+            f"out_indices is {wanted}: stages 0 to {num_stages - 1} (or -{num_stages} to -1), or "
+            f"the number of last stages, 1 to {num_stages}, are taken"
+        )
+    if len(set(absolute)) < len(absolute):
+        raise ValueError(f"out_indices is {wanted}: each stage is taken once")
+    return absolute
+
+
+class _Features:
+    """What `features_only=True` returns, beside timm's part of it.
+
+    Maps come in the order of `out_indices`, also where timm gives them in the network's order.
+    """
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Return maps in `order`, absolute indices; timm's part has them ascending."""
+        self.feature_info = FeatureInfo(self.feature_info.info, tuple(order))
+        self._positions = tuple(sorted(order).index(i) for i in order)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor] | dict[str, torch.Tensor]:
+        maps = super().forward(x)
+        if isinstance(maps, dict):
+            items = list(maps.items())
+            return type(maps)(items[i] for i in self._positions)
+        return [maps[i] for i in self._positions]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass rather than keep their activations."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    def fuse(self) -> _Features:
+        """Fold BatchNorm into neighbouring convolutions, in place, and return the model."""
+        fuse_children(self)
+        return self
+
+
+class FeatureList(_Features, FeatureListNet):
+    """Stage maps as a list, the network rebuilt from its stem and stages."""
+
+
+class FeatureDict(_Features, FeatureDictNet):
+    """Stage maps as a dict, the network rebuilt from its stem and stages."""
+
+
+class FeatureHook(_Features, FeatureHookNet):
+    """Stage maps collected by hooks."""
+
+
+class FeatureGraph(_Features, FeatureGraphNet):
+    """Stage maps of an FX graph, stem and stages its leaves."""
+
+
+class FeatureGetter(_Features, FeatureGetterNet):
+    """Stage maps by `forward_intermediates`, the rest of the model dropped."""
+
+
+FEATURE_CLASSES = {
+    "getter": FeatureGetter,
+    "list": FeatureList,
+    "dict": FeatureDict,
+    "hook": FeatureHook,
+    "fx": FeatureGraph,
+}

@@ -1,0 +1,10 @@
+_base_ = "retinanet_cas_vit_xs_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(
+        model_name="cas_vit_s",
+        drop_path_rate=0.0,
+        init_cfg=dict(checkpoint="checkpoints/cas_vit_s.pth"),
+    ),
+    neck=dict(in_channels=[64, 128, 256]),
+)

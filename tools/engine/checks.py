@@ -1,0 +1,229 @@
+"""Checks of what a run needs, made before it starts, so that a mistake costs seconds.
+
+Each raises a ValueError or an OSError of one line that says what to change.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .config_files import walk_dicts
+from .image_data import TimmImages, TimmStream, reader_kind
+
+LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
+EVALUATORS = {"train": ("val_evaluator",), "test": ("test_evaluator",)}
+
+
+def _require(path: Path, key: str, what: str) -> None:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{what} {str(path)!r} does not exist; link the data there, or set it with "
+            f"--cfg-options {key}=PATH"
+        )
+
+
+def check_data(cfg: dict, task: str) -> None:
+    """Check that the folders and annotation files of the data sets of `cfg` exist.
+
+    Args:
+        cfg: the config.
+        task: "train" (training and validation data) or "test".
+
+    Raises:
+        FileNotFoundError: naming the first one that is missing, and the option that sets it.
+    """
+    for loader in LOADERS[task]:
+        if not cfg.get(loader):
+            continue
+        for key, dataset in walk_dicts(cfg[loader]["dataset"], f"{loader}.dataset"):
+            if dataset.get("type") == "TimmDataset":
+                if reader_kind(dataset.get("name", "")) in ("", "wds"):
+                    _require(Path(dataset["root"]), f"{key}.root", "data folder")
+            elif "type" in dataset and ("ann_file" in dataset or "data_prefix" in dataset):
+                _check_annotated(dataset, key)
+    for evaluator in EVALUATORS[task]:
+        for key, metric in walk_dicts(cfg.get(evaluator), evaluator):
+            if metric.get("ann_file"):
+                _require(Path(metric["ann_file"]), f"{key}.ann_file", "annotation file")
+
+
+def _check_annotated(dataset: dict, key: str) -> None:
+    """Check one of mmengine's BaseDataset, whose paths are relative to its data_root."""
+    root = Path(dataset.get("data_root") or "")
+    if dataset.get("data_root"):
+        _require(root, f"{key}.data_root", "data folder")
+    if dataset.get("ann_file"):
+        _require(root / dataset["ann_file"], f"{key}.ann_file", "annotation file")
+    prefixes = dataset.get("data_prefix") or {}
+    for name, folder in prefixes.items() if isinstance(prefixes, dict) else ():
+        if isinstance(folder, str) and folder:
+            _require(root / folder, f"{key}.data_prefix.{name}", "data folder")
+
+
+def check_initial_weights(cfg: dict) -> None:
+    """Check that the files that ``init_cfg`` of the model starts from exist.
+
+    Raises:
+        FileNotFoundError: naming the file, the model and how to choose another or none.
+    """
+    for key, module in walk_dicts(cfg["model"], "model"):
+        checkpoint = (module.get("init_cfg") or {}).get("checkpoint")
+        if isinstance(checkpoint, str) and "://" not in checkpoint:
+            if not Path(checkpoint).is_file():
+                name = module.get("model_name", module.get("type"))
+                raise FileNotFoundError(
+                    f"the initial weights of {name} are not at {checkpoint!r}: download them "
+                    f"there (`densezoo list` says from where), or give --cfg-options "
+                    f"{key}.init_cfg.checkpoint=FILE, or {key}.init_cfg=None to start from "
+                    "random weights"
+                )
+
+
+def check_work_dir(work_dir: Path, resume: bool) -> None:
+    """Make the work dir, and check that it can be written and holds no other run's checkpoints.
+
+    Raises:
+        FileExistsError: if it holds checkpoints and the run is not to resume.
+        OSError: if it can't be made or written.
+    """
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work_dir):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"work dir {str(work_dir)!r} can't be written ({error.strerror}); give another with "
+            "--work-dir"
+        ) from error
+    if not resume and (any(work_dir.glob("*.pth")) or (work_dir / "last_checkpoint").exists()):
+        raise FileExistsError(
+            f"work dir {str(work_dir)!r} holds checkpoints of an earlier run, which this one would "
+            "overwrite; continue it with --resume, or give another --work-dir"
+        )
+
+
+def find_last_checkpoint(work_dir: Path) -> Path | None:
+    """Find the checkpoint that ``--resume`` continues from; None if the work dir holds none.
+
+    A work dir that was moved is found too: the file name counts, not the recorded folder.
+    """
+    record = work_dir / "last_checkpoint"
+    if not record.is_file():
+        return None
+    path = Path(record.read_text().strip())
+    return path if path.is_file() else work_dir / path.name
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of the Runner, executing nothing that the file might contain.
+
+    Returns:
+        The checkpoint; its weights stay on disk until they are used.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is no checkpoint, or holds objects other than tensors and numbers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    # The histories of logged values in a Runner's checkpoint are numpy arrays.
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    allowed = [
+        HistoryBuffer,
+        np.dtype,
+        np.ndarray,
+        multiarray._reconstruct,
+        multiarray.scalar,
+        *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint32", "bool")),
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is truncated"
+        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read: {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def check_checkpoint(
+    model: nn.Module, checkpoint: dict, path: str | Path, *, is_whole: bool = True
+) -> None:
+    """Check that a checkpoint belongs to a model.
+
+    Args:
+        model: the model of the Runner.
+        checkpoint: what :func:`read_checkpoint` returned.
+        path: where it came from, for the message.
+        is_whole: every parameter and buffer must be there with its shape, as for testing and
+            resuming; otherwise half of them, as for fine-tuning.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    weights = checkpoint.get("state_dict", checkpoint)
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    model = getattr(model, "module", model)
+    expected = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    missing = [key for key in expected if not isinstance(weights.get(key), Tensor)]
+    reshaped = [
+        key
+        for key, tensor in expected.items()
+        if isinstance(weights.get(key), Tensor) and weights[key].shape != tensor.shape
+    ]
+    num_matched = len(expected) - len(missing) - len(reshaped)
+    if num_matched == len(expected) or (not is_whole and 2 * num_matched >= len(expected)):
+        return
+    message = (
+        f"checkpoint {str(path)!r} is not of this {type(model).__name__}: {num_matched} of "
+        f"{len(expected)} entries fit"
+    )
+    if missing:
+        message += f"; {len(missing)} are missing, such as {missing[0]}"
+    if reshaped:
+        key = reshaped[0]
+        message += (
+            f"; {len(reshaped)} have another shape, such as {key} with {tuple(weights[key].shape)} "
+            f"instead of {tuple(expected[key].shape)} (another num_classes?)"
+        )
+    raise ValueError(message + "; give the checkpoint that belongs to the config")
+
+
+def check_classes(datasets: Sequence[object], model: nn.Module) -> None:
+    """Check that the class folders of a classifier's data sets agree with each other and with it.
+
+    Raises:
+        ValueError: if they do not; labels would be wrong without a word.
+    """
+    model = getattr(model, "module", model)
+    datasets = [data for data in datasets if isinstance(data, (TimmImages, TimmStream))]
+    names = [data.metainfo["classes"] for data in datasets if data.metainfo["classes"]]
+    for classes in names:
+        if len(classes) != model.num_classes:
+            raise ValueError(
+                f"the data has {len(classes)} classes and the model num_classes="
+                f"{model.num_classes}; set --cfg-options model.num_classes={len(classes)}, or give "
+                "the data sets a class_map"
+            )
+        if classes != names[0]:
+            odd = sorted(set(classes) ^ set(names[0]))[:3]
+            raise ValueError(
+                f"training and validation data have different classes, such as {', '.join(odd)}"
+            )
