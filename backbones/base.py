@@ -396,10 +396,12 @@ class _Features:
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor] | dict[str, torch.Tensor]:
         maps = super().forward(x)
-        if isinstance(maps, dict):
-            items = list(maps.items())
-            return type(maps)(items[i] for i in self._positions)
-        return [maps[i] for i in self._positions]
+        names = list(maps) if isinstance(maps, dict) else range(len(maps))
+        ordered = {
+            names[i]: maps[names[i]].contiguous() if x.is_contiguous() else maps[names[i]]
+            for i in self._positions
+        }
+        return type(maps)(ordered) if isinstance(maps, dict) else list(ordered.values())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass rather than keep their activations."""

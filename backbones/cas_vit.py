@@ -34,6 +34,7 @@ from ..layers.conv import (
     ConvNorm,
     PointwiseConv,
     fold_norm_into_next,
+    prefers_channels_last,
     run_channels_last,
 )
 from ..layers.mlp import ConvMlp
@@ -90,7 +91,14 @@ class AdditiveGates(nn.Module):
 
     def forward(self, qk: torch.Tensor) -> torch.Tensor:
         gate = self.spatial(F.relu(self.depthwise(qk), inplace=True)).sigmoid()  # (B, 2, H, W)
-        qk = (qk.unflatten(1, (2, -1)) * gate.unsqueeze(2)).flatten(1, 2)
+        pair = qk.unflatten(1, (2, -1))  # (B, 2, C, H, W)
+        if prefers_channels_last(qk):
+            # The grouped convolution gives a contiguous map, which would turn the product so.
+            gate = gate.contiguous(memory_format=torch.channels_last)
+            pair.mul_(gate.unsqueeze(2))
+        else:
+            pair = pair * gate.unsqueeze(2)
+        qk = pair.flatten(1, 2)
         gate = self.channel(qk.mean((2, 3), keepdim=True)).sigmoid()  # (B, 2C, 1, 1)
         (q, k), (gate_q, gate_k) = qk.chunk(2, dim=1), gate.chunk(2, dim=1)
         return torch.addcmul(q * gate_q, k, gate_k)

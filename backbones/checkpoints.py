@@ -90,9 +90,7 @@ def strip_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
 
-def map_keys(
-    state: Mapping[str, torch.Tensor], rules: KeyRules
-) -> dict[str, torch.Tensor]:
+def map_keys(state: Mapping[str, torch.Tensor], rules: KeyRules) -> dict[str, torch.Tensor]:
     """Rename entries by (pattern, replacement) pairs, each applied to every key in turn.
 
     Raises:
@@ -161,9 +159,7 @@ def convert_checkpoint(
     return mapped, report
 
 
-def is_adaptable(
-    model: nn.Module, key: str, given: torch.Tensor, wanted: torch.Tensor
-) -> bool:
+def is_adaptable(model: nn.Module, key: str, given: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Whether timm fits the entry: first convolution to in_chans, classifier to num_classes."""
     if key.startswith("head."):
         return given.shape[1:] == wanted.shape[1:]

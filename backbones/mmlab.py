@@ -1,1 +1,233 @@
+"""DenseBackbone: the one adapter through which mmdet and mmseg build a backbone.
 
+Importing it needs mmengine. It is registered in mmengine's root MODELS, which every OpenMMLab
+library looks names up in; a config needs ``custom_imports = dict(imports=["densezoo"])`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import CheckpointLoader
+from timm.layers import LayerNorm2d
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .checkpoints import map_keys, unwrap_checkpoint
+from .registry import BACKBONES, check_model_name, register_in_mmengine
+
+_OUT_NORMS = {"batch_norm": nn.BatchNorm2d, "layer_norm": LayerNorm2d}
+
+
+class DenseBackbone(BaseModule):
+    """A timm model as the backbone of a detector or segmenter: image batch to stage maps.
+
+    It holds only the parameters that the maps of `out_indices` need, so that distributed
+    training needs no `find_unused_parameters`.
+
+    Args:
+        model_name: a model of the zoo, or any of timm's that takes ``features_only=True``.
+        out_indices: stages whose maps are returned, in this order; negative from the end. For a
+            timm model, indices of its feature levels.
+        drop_path_rate: stochastic depth; the model's default when None.
+        frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages (of
+            stride 4 and more): no gradients, and evaluation mode also after `train()`.
+        norm_eval: keep every BatchNorm in evaluation mode while training.
+        with_cp: recompute activations in the backward pass to save memory.
+        out_norms: norm of each returned map, of its own: "batch_norm", "layer_norm", True for
+            what the official dense backbone has, False for none.
+        pretrained: True for the published weights, or the path or URL of a checkpoint in any
+            layout that the zoo knows.
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)`` loads the same way when
+            `init_weights()` is called; mmengine's other initialisers work as they do elsewhere.
+        model_kwargs: further arguments of the model.
+
+    Attributes:
+        out_channels: channels of each returned map.
+        out_strides: stride of each returned map, pixels.
+
+    Raises:
+        ValueError: an unknown model name, stage, norm or number of frozen stages; weights that
+            do not belong to the model.
+
+    Shapes: (B, in_chans, H, W) -> a tuple of (B, out_channels[i], ceil(H / s), ceil(W / s)),
+    s = out_strides[i].
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        out_norms: bool | str = False,
+        pretrained: bool | str | None = None,
+        init_cfg: dict | list[dict] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        check_model_name(model_name)
+        self.model_name = model_name
+        self.norm_eval = norm_eval
+        self.frozen_stages = frozen_stages
+        self.model_kwargs = dict(model_kwargs or {})
+        self._arguments = dict(self.model_kwargs, features_only=True, out_indices=out_indices)
+        if drop_path_rate is not None:
+            self._arguments["drop_path_rate"] = drop_path_rate
+        self.model = timm.create_model(model_name, pretrained=pretrained is True, **self._arguments)
+        self.out_channels = self.model.feature_info.channels()
+        self.out_strides = self.model.feature_info.reduction()
+        self.out_norms = self._make_out_norms(out_norms)
+        if with_cp:
+            self.model.set_grad_checkpointing(True)
+        self._frozen = self._find_frozen_modules()
+        for module in self._frozen:
+            module.requires_grad_(False)
+        if isinstance(pretrained, str):
+            self.load_weights(pretrained)
+        self._has_weights = bool(pretrained)
+
+    def _make_out_norms(self, out_norms: bool | str) -> nn.ModuleDict:
+        """One norm a returned map, under the stage's index."""
+        name = out_norms
+        if out_norms is True:
+            registered = BACKBONES.get(self.model_name.split(".")[0])
+            name = registered.cls.dense_norm if registered else None
+        if not name:
+            if out_norms is True:
+                raise ValueError(
+                    f"out_norms=True: {self.model_name} has no official output norms; "
+                    f"{list(_OUT_NORMS)} are taken"
+                )
+            return nn.ModuleDict()
+        if name not in _OUT_NORMS:
+            raise ValueError(
+                f"out_norms is {out_norms!r}: a bool or one of {list(_OUT_NORMS)} is taken"
+            )
+        return nn.ModuleDict(
+            {
+                str(i): _OUT_NORMS[name](channels)
+                for i, channels in zip(
+                    self.model.feature_info.out_indices, self.out_channels, strict=True
+                )
+            }
+        )
+
+    def _find_frozen_modules(self) -> list[nn.Module]:
+        """Leaf modules up to the end of the last frozen stage, in order of registration."""
+        levels = [i["module"] for i in self.model.feature_info.info if i["reduction"] >= 4]
+        if not -1 <= self.frozen_stages <= len(levels):
+            raise ValueError(
+                f"frozen_stages is {self.frozen_stages}: {self.model_name} takes -1 (none), 0 "
+                f"(stem) to {len(levels)}"
+            )
+        if self.frozen_stages < 0:
+            return []
+        names = [name for name, _ in self.model.named_modules()]
+        path = levels[max(self.frozen_stages - 1, 0)]
+        # Where timm's feature wrappers put a model's own modules.
+        candidates = [path, path.replace(".", "_", 1), f"model.{path}", f"body.{path}"]
+        inside = [
+            k
+            for k, name in enumerate(names)
+            if any(name == c or name.startswith(f"{c}.") for c in candidates)
+        ]
+        if not inside:
+            raise ValueError(
+                f"frozen_stages={self.frozen_stages} is not possible: {path} is not kept in "
+                f"{self.model_name} with out_indices {self._arguments['out_indices']}"
+            )
+        end = inside[-1] + 1 if self.frozen_stages else inside[0]
+        modules = [m for _, m in self.model.named_modules()][:end]
+        return [m for m in modules if not list(m.children())]
+
+    def init_weights(self) -> None:
+        """Load ``init_cfg``'s checkpoint through the zoo's key mapping; once.
+
+        Weights loaded by `pretrained` are left as they are.
+        """
+        configs = [self.init_cfg] if isinstance(self.init_cfg, Mapping) else self.init_cfg or []
+        checkpoints = [c["checkpoint"] for c in configs if c["type"] == "Pretrained"]
+        if not checkpoints:
+            if not self._has_weights:
+                super().init_weights()
+        elif not self._is_init:
+            self.load_weights(checkpoints[-1])
+        self._is_init = True
+
+    def load_weights(self, path: str) -> None:
+        """Load a checkpoint file or URL in any layout that the zoo, or timm, knows.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the weights belong to another model.
+        """
+        if path.endswith(".safetensors"):
+            checkpoint = safetensors.torch.load_file(path)
+        else:
+            checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
+        state = unwrap_checkpoint(checkpoint)
+        registered = BACKBONES.get(self.model_name.split(".")[0])
+        rules = registered.key_rules.values() if registered else ()
+        norms = {}
+        for name in list(state):
+            for dialect in ((), *rules):
+                (mapped,) = map_keys({name: state[name]}, dialect)
+                if mapped.startswith("out_norms."):
+                    norms[mapped.removeprefix("out_norms.")] = state.pop(name)
+                    break
+        try:
+            source = timm.create_model(
+                self.model_name,
+                pretrained=True,
+                pretrained_cfg_overlay=dict(state_dict=state),
+                **self._arguments,
+            )
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{path} does not fit {self.model_name}: {error}") from error
+        self.model.load_state_dict(source.state_dict())
+        own = self.out_norms.state_dict()
+        self.out_norms.load_state_dict({**own, **{k: norms[k] for k in own.keys() & norms}})
+
+    def train(self, mode: bool = True) -> DenseBackbone:
+        super().train(mode)
+        if mode:
+            for module in self._frozen:
+                module.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        maps = self.model(x)
+        if str(getattr(self.model, "output_fmt", "NCHW")) in ("NHWC", "Format.NHWC"):
+            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
+        if self.out_norms:
+            maps = [norm(m) for norm, m in zip(self.out_norms.values(), maps, strict=True)]
+        return tuple(maps)
+
+    def fuse(self) -> DenseBackbone:
+        """Fold BatchNorm into neighbouring convolutions, in place, and return the backbone.
+
+        For inference; see `HierarchicalBackbone.fuse`.
+
+        Raises:
+            ValueError: the model is not one of the zoo.
+        """
+        if not hasattr(self.model, "fuse"):
+            raise ValueError(f"fuse() works on models of densezoo; {self.model_name} is timm's")
+        self.model.fuse()
+        return self
+
+
+register_in_mmengine(MODELS, [DenseBackbone])

@@ -279,8 +279,11 @@ def _place_boxes(rng: np.random.Generator, size: int) -> list[tuple[int, int, in
             top = int(rng.integers(size - height + 1))
             left = int(rng.integers(size - width + 1))
             is_free = all(
-                top >= t + h or t >= top + height or left >= l + w or l >= left + width
-                for t, l, h, w in boxes
+                top >= other_top + other_height
+                or other_top >= top + height
+                or left >= other_left + other_width
+                or other_left >= left + width
+                for other_top, other_left, other_height, other_width in boxes
             )
             if is_free:
                 boxes.append((top, left, height, width))

@@ -253,9 +253,7 @@ class Predictor:
             return LabelMap(result.pred_sem_seg.data[0].cpu().numpy())
         found = result.pred_instances.cpu()
         masks = found.masks.numpy().astype(bool) if "masks" in found else None
-        return Detections(
-            found.bboxes.numpy(), found.labels.numpy(), found.scores.numpy(), masks
-        )
+        return Detections(found.bboxes.numpy(), found.labels.numpy(), found.scores.numpy(), masks)
 
 
 def _classifier_transform(dataset: dict) -> Callable[[Image.Image], dict]:
@@ -296,11 +294,15 @@ def _class_names(names: Sequence[str] | None, model: nn.Module) -> list[str]:
         from timm.data import ImageNetInfo
 
         return ImageNetInfo().label_descriptions()
-    head = next(
-        part
-        for part in (getattr(model, name, None) for name in ("bbox_head", "decode_head"))
-        if part is not None
-    ) if num_classes is None else model
+    head = (
+        next(
+            part
+            for part in (getattr(model, name, None) for name in ("bbox_head", "decode_head"))
+            if part is not None
+        )
+        if num_classes is None
+        else model
+    )
     return [str(label) for label in range(head.num_classes)]
 
 
@@ -410,9 +412,7 @@ def _draw_label_map(
     return canvas
 
 
-def _draw_classes(
-    canvas: Image.Image, scores: np.ndarray, classes: Sequence[str]
-) -> Image.Image:
+def _draw_classes(canvas: Image.Image, scores: np.ndarray, classes: Sequence[str]) -> Image.Image:
     """List the most probable classes below the image, with bars."""
     top = _top_classes(scores)
     first = canvas.height + 3

@@ -10,6 +10,7 @@ model = dict(
     model_name="cas_vit_xs",
     num_classes=1000,
     drop_path_rate=0.0,
+    model_kwargs=dict(distillation=False),
     loss=dict(type="LabelSmoothingCrossEntropy", smoothing=0.1),
     init_cfg=dict(type="Pretrained", checkpoint="checkpoints/cas_vit_xs.pth"),
 )

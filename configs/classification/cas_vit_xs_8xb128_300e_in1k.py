@@ -9,5 +9,6 @@ model = dict(
     model_name="cas_vit_xs",
     num_classes=1000,
     drop_path_rate=0.1,
+    model_kwargs=dict(distillation=False),
     loss=dict(type="LabelSmoothingCrossEntropy", smoothing=0.1),
 )

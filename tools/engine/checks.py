@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +123,13 @@ def find_last_checkpoint(work_dir: Path) -> Path | None:
     return path if path.is_file() else work_dir / path.name
 
 
+def _history_method(owner: type, name: str) -> Callable:
+    """Stand in for getattr, which a Runner's checkpoint calls on the class of histories alone."""
+    if owner is not HistoryBuffer or name.startswith("_"):
+        raise pickle.UnpicklingError(f"it asks for {name} of {owner}")
+    return getattr(HistoryBuffer, name)
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint of the Runner, executing nothing that the file might contain.
 
@@ -138,10 +145,11 @@ def read_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
     if path.suffix == ".safetensors":
         return load_file(path)
-    # The histories of logged values in a Runner's checkpoint are numpy arrays.
+    # The histories of logged values in a Runner's checkpoint are numpy arrays and methods.
     multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
     allowed = [
         HistoryBuffer,
+        (_history_method, "builtins.getattr"),
         np.dtype,
         np.ndarray,
         multiarray._reconstruct,
@@ -152,8 +160,10 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(allowed):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is truncated"
-        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read: {reason}") from error
+        raise ValueError(
+            f"{str(path)!r} is not a checkpoint that can be read safely (is it truncated, or does "
+            "it hold more than weights, numbers and the Runner's logs?)"
+        ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint

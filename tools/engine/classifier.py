@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import timm
 import torch
 from mmengine.model import BaseModel
@@ -12,14 +10,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-
-def check_model_name(model_name: str) -> None:
-    """Raise a ValueError that names the nearest models when timm does not know `model_name`."""
-    name = model_name.partition(".")[0]
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "see `densezoo list`"
-        raise ValueError(f"model_name={model_name!r} is neither in densezoo nor in timm; {hint}")
+from ...backbones.registry import check_model_name
 
 
 def build_loss(loss: dict) -> nn.Module:

@@ -75,6 +75,16 @@ class TimmStream(IterableDataset):
         self.images.set_epoch(epoch)
 
 
+def _class_names(reader: object) -> tuple[str, ...]:
+    """Return the names of a reader's classes in the order of their indices; () if it has none."""
+    # The attribute's name depends on timm's reader.
+    for attribute in ("class_to_idx", "class_name_to_idx"):
+        indices = getattr(reader, attribute, None)
+        if indices:
+            return tuple(sorted(indices, key=indices.get))
+    return ()
+
+
 @DATASETS.register_module(name="TimmDataset")
 def timm_dataset(
     root: str,
@@ -140,8 +150,7 @@ def timm_dataset(
         normalize=False,
         **(transform or {}),
     )
-    class_to_idx = getattr(getattr(images, "reader", None), "class_to_idx", None) or {}
-    class_names = tuple(sorted(class_to_idx, key=class_to_idx.get))
+    class_names = _class_names(getattr(images, "reader", None))
     if not loads_as_stream:
         return TimmImages(images, class_names)
     if not images.reader.num_samples:

@@ -17,7 +17,16 @@ def _dotted(name: str) -> str:
     return name.replace("_", ".")
 
 
-def layer_scales(backbone: nn.Module, layer_decay: float) -> dict[str, float]:
+def whole_classifier(backbone: nn.Module) -> nn.Module:
+    """Return the timm classifier whose layers a backbone has: itself, or a ``DenseBackbone``'s."""
+    if hasattr(backbone, "group_matcher"):
+        return backbone
+    return timm.create_model(backbone.model_name, **backbone.model_kwargs)
+
+
+def layer_scales(
+    backbone: nn.Module, classifier: nn.Module, layer_decay: float
+) -> dict[str, float]:
     """Compute the factor of the learning rate of each parameter of a backbone.
 
     The layers are those of the whole classifier of timm, in which the head is the last one with
@@ -27,14 +36,12 @@ def layer_scales(backbone: nn.Module, layer_decay: float) -> dict[str, float]:
 
     Args:
         backbone: a timm model, or a ``DenseBackbone``.
+        classifier: what :func:`whole_classifier` returns for it.
         layer_decay: between 0 and 1.
 
     Returns:
         Parameter name, as in ``backbone.named_parameters()`` -> factor.
     """
-    classifier = backbone
-    if not hasattr(backbone, "group_matcher"):
-        classifier = timm.create_model(backbone.model_name, **backbone.model_kwargs)
     layers = group_parameters(classifier, classifier.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
     factors = {_dotted(name): layer_decay ** (last - layer) for name, layer in layers.items()}
@@ -72,10 +79,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of `model`, which may be wrapped for distributed training."""
-        options = dict(self.paramwise_cfg)
-        self.layer_decay = options.pop("layer_decay", 1.0)
-        self.min_scale = options.pop("min_scale", 0.0)
-        self.exclude_1d = options.pop("weight_decay_exclude_1d", True)
+        # mmengine calls add_params only for a paramwise_cfg that is not empty.
+        self.paramwise_cfg = {"layer_decay": 1.0, **self.paramwise_cfg}
+        self.layer_decay = self.paramwise_cfg["layer_decay"]
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"paramwise_cfg.layer_decay={self.layer_decay} is not in (0, 1]")
         return super().__call__(model)
@@ -90,16 +96,19 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not hasattr(module, "backbone"):
             raise ValueError(f"{type(module).__name__} has no backbone to decay the layers of")
         backbone = module.backbone
+        classifier = whole_classifier(backbone)
+        parameters = dict(backbone.named_parameters())
+        floor = self.paramwise_cfg.get("min_scale", 0.0)
         scales = {
-            id(dict(backbone.named_parameters())[name]): max(self.min_scale, scale)
-            for name, scale in layer_scales(backbone, self.layer_decay).items()
+            id(parameters[name]): max(floor, scale)
+            for name, scale in layer_scales(backbone, classifier, self.layer_decay).items()
         }
         undecayed = set()
-        if self.exclude_1d:
+        if self.paramwise_cfg.get("weight_decay_exclude_1d", True):
             undecayed = {id(parameter) for parameter in module.parameters() if parameter.ndim <= 1}
-            patterns = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+            no_weight_decay = getattr(classifier, "no_weight_decay", tuple)()
             for name, parameter in backbone.named_parameters():
-                if any(fnmatch(f".{name}", f"*.{pattern}") for pattern in patterns):
+                if any(fnmatch(f".{name}", f"*.{pattern}") for pattern in no_weight_decay):
                     undecayed.add(id(parameter))
 
         single: list[dict] = []
