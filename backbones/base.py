@@ -45,13 +45,15 @@ def check_image(x: torch.Tensor, in_chans: int) -> None:
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Keep BatchNorm's running statistics as they are while `module` is computed again."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    saved = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        # A momentum of 0 leaves the statistics alone; the counter would still count.
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in saved:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 @register_notrace_module

@@ -14,7 +14,6 @@ import timm
 import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from mmengine.runner.checkpoint import CheckpointLoader
 from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -170,6 +169,9 @@ class DenseBackbone(BaseModule):
             FileNotFoundError: there is no such file.
             ValueError: the weights belong to another model.
         """
+        # Costs as much to import as the rest of densezoo.
+        from mmengine.runner.checkpoint import CheckpointLoader
+
         if path.endswith(".safetensors"):
             checkpoint = safetensors.torch.load_file(path)
         else:

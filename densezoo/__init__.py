@@ -4,7 +4,7 @@ Importing it registers every backbone in timm and, where mmengine is installed, 
 ``DenseBackbone`` and the classification engine in mmengine's registries.
 """
 
-import importlib.util
+from importlib import import_module
 
 from . import backbones
 from ._version import __version__
@@ -13,8 +13,12 @@ from .kernels import mmcv_ops
 
 mmcv_ops.install()
 
-if importlib.util.find_spec("mmengine") is not None:
-    from .backbones import mmlab
-    from .tools import engine
+try:
+    import_module("mmengine")
+except ImportError:
+    pass
+else:
+    for _registering in (".backbones.mmlab", ".tools.engine"):
+        import_module(_registering, __name__)
 
 __all__ = ["__version__", "backbones", "list_backbones"]

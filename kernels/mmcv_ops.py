@@ -5,9 +5,9 @@ installed without it, :func:`install` offers a module of that name, so that mmde
 and test without a compiler, on the CPU and on CUDA. A real extension always wins.
 
 The functions below have the extension's names and arguments: results go into the buffers that a
-wrapper hands over, which are overwritten. They run outside autograd and autocast, as compiled code
-does; float16 and bfloat16 are computed in float32 and rounded once at the end. Arguments that only
-tune the compiled kernels (``im2col_step``, scratch buffers) change nothing here.
+wrapper hands over, which are overwritten; the wrappers, not these functions, know autograd. float16
+and bfloat16 are computed in float32 and rounded once at the end. Arguments that only tune the
+compiled kernels (``im2col_step``, scratch buffers) change nothing here.
 
 Three cases that mmcv's kernels leave undefined have a value here: a focal loss with class weights
 gives rows without a class (background, ignored) the weight 1; a softmax focal loss ignores every
@@ -88,15 +88,9 @@ def _unmapped_operator(name: str) -> Callable:
 
 
 def _operator(function: Callable) -> Callable:
-    """Add a function to the module, to run as compiled code does: no autograd, no autocast."""
-
-    @functools.wraps(function)
-    def call(tensor: Tensor, *args: object, **kwargs: object) -> object:
-        with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-            return function(tensor, *args, **kwargs)
-
-    _OPERATORS[function.__name__] = call
-    return call
+    """Add a function to the module."""
+    _OPERATORS[function.__name__] = function
+    return function
 
 
 def _widen(*tensors: Tensor) -> list[Tensor]:
@@ -105,6 +99,7 @@ def _widen(*tensors: Tensor) -> list[Tensor]:
     return [x.to(dtype) for x in tensors]
 
 
+@_operator
 def get_compiler_version() -> str:
     """Say that no compiler made these operators."""
     import torchvision
@@ -112,15 +107,10 @@ def get_compiler_version() -> str:
     return f"none (densezoo's operators on torchvision {torchvision.__version__})"
 
 
+@_operator
 def get_compiling_cuda_version() -> str:
     """Return the CUDA version of PyTorch's own operators."""
     return torch.version.cuda or "not available"
-
-
-_OPERATORS |= {
-    "get_compiler_version": get_compiler_version,
-    "get_compiling_cuda_version": get_compiling_cuda_version,
-}
 
 
 @_operator

@@ -15,7 +15,7 @@ log_level = "INFO"
 vis_backends = [dict(type="LocalVisBackend")]
 if __import__("importlib.util").util.find_spec("tensorboard"):
     vis_backends.append(dict(type="TensorboardVisBackend"))
-visualizer = dict(type="Visualizer", vis_backends=vis_backends, name="visualizer")
+visualizer = dict(type="Visualizer", vis_backends=vis_backends)
 
 env_cfg = dict(
     cudnn_benchmark=True,

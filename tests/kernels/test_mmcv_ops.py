@@ -204,6 +204,16 @@ def test_nms_offset_counts_a_pixel_more(device):
     assert len(ops.nms(boxes, scores, 0.63, offset=1)[1]) == 1
 
 
+def test_nms_counts_pixels_exactly_far_from_the_origin(device):
+    # Where float32 holds even numbers only; batched_nms moves boxes of late classes so far.
+    far = 2.0**24
+    boxes = torch.tensor([[far - 4, 0, far, 4], [far - 2, 0, far + 2, 4]], device=device)
+    scores = torch.tensor([0.9, 0.8], device=device)
+    assert iou_of(*boxes.tolist(), offset=1) == 3 / 7
+    assert len(ops.nms(boxes, scores, 0.42, offset=1)[1]) == 1
+    assert len(ops.nms(boxes, scores, 0.43, offset=1)[1]) == 2
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_nms_takes_low_precision(rand, offset, dtype):
@@ -623,6 +633,7 @@ def test_multi_scale_deformable_attention_takes_low_precision(attention_inputs, 
     *inputs, shapes, starts = attention_inputs
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
     output = deform_attention(*inputs, shapes, starts)
+    assert output.dtype == dtype
     output.sum().backward()
     exact = [x.detach().double().requires_grad_() for x in inputs]
     exact_output = deform_attention(*exact, shapes, starts)

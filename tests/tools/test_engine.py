@@ -1,8 +1,6 @@
 """The engine's parts: classifier, data sets, metric, optimizer groups, checks."""
 
-import io
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
@@ -25,46 +23,7 @@ from torch import nn
 import densezoo  # noqa: F401
 
 CLASSES = ("blue", "green", "red")
-NUM_IMAGES = 7  # per class: no multiple of a batch or of a number of workers
-
-
-def _images():
-    """Yield (class index, number, png bytes) of noisy images whose class is their colour."""
-    generator = np.random.default_rng(0)
-    for label in range(len(CLASSES)):
-        for number in range(NUM_IMAGES):
-            pixels = generator.integers(0, 120, (40, 48, 3), dtype=np.uint8)
-            pixels[..., 2 - label] += 120
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "PNG")
-            yield label, number, buffer.getvalue()
-
-
-def _add(archive, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The same images as class folders, as a tar file and as three WebDataset shards."""
-    root = tmp_path_factory.mktemp("data")
-    for label, number, content in _images():
-        path = root / "folder" / "train" / CLASSES[label] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    with tarfile.open(root / "classes.tar", "w") as archive:
-        for label, number, content in _images():
-            _add(archive, f"{CLASSES[label]}/{number}.png", content)
-    (root / "shards").mkdir()
-    samples = list(_images())
-    for shard in range(3):
-        with tarfile.open(root / "shards" / f"colours-{shard}.tar", "w") as archive:
-            for index, (label, _, content) in enumerate(samples[shard::3]):
-                _add(archive, f"{shard}{index:04d}.png", content)
-                _add(archive, f"{shard}{index:04d}.cls", str(label).encode())
-    return root
+NUM_IMAGES = 7  # per class, as the fixture `colours` has them
 
 
 def _mean_colour(sample):
@@ -81,9 +40,9 @@ SHARDS = dict(name="wds/", split=f"colours-{{0..2}}.tar|{3 * NUM_IMAGES}")
     [dict(root="folder"), dict(root="classes.tar"), dict(root="shards", **SHARDS)],
     ids=["folder", "tar", "webdataset"],
 )
-def test_folders_tar_files_and_shards_give_the_same_samples(data, source, is_training):
+def test_folders_tar_files_and_shards_give_the_same_samples(colours, source, is_training):
     dataset = timm_dataset(
-        **{**source, "root": str(data / source["root"])}, is_training=is_training, input_size=32
+        **{**source, "root": str(colours / source["root"])}, is_training=is_training, input_size=32
     )
     samples = list(iter(dataset)) if "name" in source else [dataset[i] for i in range(len(dataset))]
     assert len(samples) == len(dataset) == 3 * NUM_IMAGES
@@ -97,7 +56,7 @@ def test_folders_tar_files_and_shards_give_the_same_samples(data, source, is_tra
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("is_training", [False, True], ids=["eval", "train"])
-def test_loader_of_shards_has_the_length_that_it_says(data, num_workers, is_training):
+def test_loader_of_shards_has_the_length_that_it_says(colours, num_workers, is_training):
     cfg = {
         "train_dataloader": dict(
             batch_size=4,
@@ -106,7 +65,7 @@ def test_loader_of_shards_has_the_length_that_it_says(data, num_workers, is_trai
             sampler=dict(type="DefaultSampler", shuffle=True),
             dataset=dict(
                 type="TimmDataset",
-                root=str(data / "shards"),
+                root=str(colours / "shards"),
                 is_training=is_training,
                 input_size=32,
                 **SHARDS,
@@ -128,17 +87,17 @@ def test_loader_of_shards_has_the_length_that_it_says(data, num_workers, is_trai
     assert (orders[0] != orders[1]) == is_training
 
 
-def test_missing_data_and_unknown_sizes_are_named(data, tmp_path):
+def test_missing_data_and_unknown_sizes_are_named(colours, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         timm_dataset(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="root=.*0 images"):
         timm_dataset(str(tmp_path))
     with pytest.raises(ValueError, match="number of samples"):
-        timm_dataset(str(data / "shards"), "wds/", "colours-{0..2}.tar")
+        timm_dataset(str(colours / "shards"), "wds/", "colours-{0..2}.tar")
 
 
-def test_normalised_images_equal_timms_own_transform(data):
-    image = Image.open(data / "folder" / "train" / "red" / "0.png")
+def test_normalised_images_equal_timms_own_transform(colours):
+    image = Image.open(colours / "folder" / "train" / "red" / "0.png")
     options = dict(input_size=32, interpolation="bicubic", crop_pct=0.875)
     expected = create_transform(**options)(image)
     classifier = MODELS.build(dict(type="ImageClassifier", model_name="test_vit", num_classes=3))

@@ -127,17 +127,30 @@ class ImageClassifier(BaseModel):
         """Load a checkpoint of the bare backbone through timm's own path, key mapping included."""
         overlay = {"file": checkpoint, "url": "", "hf_hub_id": None}
         try:
-            source = timm.create_model(
-                self.model_name,
-                pretrained=True,
-                pretrained_cfg_overlay=overlay,
-                **self.create_args,
-            )
+            # With one seed the two differ in what the file held, and in nothing else: timm loads
+            # nothing without a word where no name fits.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                fresh = timm.create_model(self.model_name, **self.create_args)
+                torch.manual_seed(0)
+                source = timm.create_model(
+                    self.model_name,
+                    pretrained=True,
+                    pretrained_cfg_overlay=overlay,
+                    **self.create_args,
+                )
         except (RuntimeError, KeyError) as error:
             raise ValueError(
                 f"{checkpoint} does not hold weights of {self.model_name}: "
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
+        pairs = zip(fresh.parameters(), source.parameters(), strict=True)
+        changed = [not torch.equal(one, two) for one, two in pairs if one.ndim > 1]
+        if 2 * sum(changed) < len(changed):
+            raise ValueError(
+                f"{checkpoint} does not hold weights of {self.model_name}: {sum(changed)} of "
+                f"{len(changed)} matrices and kernels are in it"
+            )
         self.backbone.load_state_dict(source.state_dict())
 
     def forward(

@@ -1,0 +1,69 @@
+"""Official checkpoints through timm's own loading path give the official outputs."""
+
+import pytest
+import timm
+import torch
+from oracles import error, load_cases, make_checkpoint, make_input
+
+import densezoo  # noqa: F401
+
+CASES = load_cases()
+
+
+@pytest.fixture(scope="module")
+def checkpoint_file(tmp_path_factory):
+    """A case's published file on disk, written once."""
+    folder, written = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def write(case_file, case):
+        key = case_file["variant"], case["seed"]
+        if key not in written:
+            written[key] = folder / f"{key[0]}-{key[1]}.pth"
+            torch.save(make_checkpoint(case_file, case), written[key])
+        return str(written[key])
+
+    return write
+
+
+def load(case_file, case, path, **kwargs):
+    return timm.create_model(
+        case_file["model_name"],
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=path),
+        **case["model_kwargs"],
+        **kwargs,
+    ).eval()
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-6), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_equal_the_official_ones(name, dtype, bound, checkpoint_file):
+    case_file, case = CASES[name]
+    path = checkpoint_file(case_file, case)
+    image = make_input(case["input"], case["seed"]).to(dtype)
+    dense = case["mode"] == "dense"
+    model = load(case_file, case, path, features_only=dense).to(dtype)
+    with torch.no_grad():
+        stages = model(image) if dense else model.forward_intermediates(image)[1]
+        errors = [error(s, m) for s, m in zip(case["outputs"]["stages"], stages, strict=True)]
+        if not dense:
+            errors.append(error(case["outputs"]["logits"], model(image)))
+    assert max(errors) < bound, errors
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n][1]["mode"] == "classification"])
+def test_inference_paths_agree_with_autograd_ones(name, checkpoint_file):
+    """Under no_grad the CPU takes other kernels than while gradients are recorded."""
+    case_file, case = CASES[name]
+    model = load(case_file, case, checkpoint_file(case_file, case))
+    image = make_input(case["input"], case["seed"])
+    logits = model(image)
+    assert logits.requires_grad
+    assert error(case["outputs"]["logits"], logits) < 1e-3
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n][1]["mode"] == "classification"])
+def test_parameter_counts_are_the_official_ones(name):
+    case_file, case = CASES[name]
+    model = timm.create_model(case_file["model_name"], device="meta", **case["model_kwargs"])
+    assert sum(p.numel() for p in model.parameters()) == case_file["params"]

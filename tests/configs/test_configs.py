@@ -1,0 +1,179 @@
+"""Every shipped config builds; one real step of each task runs, by our command and by others'."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from densezoo.tools.demo_data import CLASSES, make_dataset
+from densezoo.tools.engine.config_files import CONFIG_ROOT, load_config, shipped_configs
+from densezoo.tools.engine.runs import build_runner
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
+from timm.layers import DropPath
+from torch.nn.modules.batchnorm import _BatchNorm
+
+NAMES = sorted(shipped_configs())
+SMALLEST = [
+    "cas_vit_xs_8xb128_300e_in1k",
+    "retinanet_cas_vit_xs_fpn_1x_coco",
+    "mask_rcnn_cas_vit_xs_fpn_1x_coco",
+    "fpn_cas_vit_xs_40k_ade20k",
+]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in SMALLEST]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """The embedded data set, small: 16 and 4 scenes of 64 pixels in the formats of all tasks."""
+    return make_dataset(tmp_path_factory.mktemp("data") / "digits", images=16, size=64)
+
+
+def _small_data(name: str, root: Path) -> list[str]:
+    """The options that put the embedded data set in the place of a config's own, and nothing else
+    but what follows from it: the number of classes, the size of images, smaller batches.
+    """
+    task = shipped_configs()[name].parent.name
+    options = []
+    for loader, split in (("train", "train"), ("val", "val"), ("test", "val")):
+        dataset = f"{loader}_dataloader.dataset"
+        options += [
+            f"{loader}_dataloader.num_workers=0",
+            f"{loader}_dataloader.persistent_workers=False",
+        ]
+        if task == "classification":
+            options += [f"{dataset}.root={root / 'classes'}", f"{dataset}.input_size=32"]
+            continue
+        options += [f"{dataset}.data_root={root}"]
+        if task == "segmentation":
+            options += [
+                f"{dataset}.data_prefix.img_path=images/{split}",
+                f"{dataset}.data_prefix.seg_map_path=masks/{split}",
+            ]
+            resize = {"train": "2.scale=(64,64)", "val": "1.scale=(64,64)", "test": None}
+        else:
+            classes = ",".join(f'"{name}"' for name in CLASSES)
+            options += [
+                f"{dataset}.ann_file=annotations/instances_{split}.json",
+                f"{dataset}.data_prefix.img=images/{split}",
+                f"{dataset}.metainfo.classes=({classes})",
+            ]
+            resize = {"train": "2.scale=(64,64)", "val": "1.scale=(64,64)", "test": None}
+            if loader != "train":
+                annotations = root / "annotations" / f"instances_{split}.json"
+                options += [f"{loader}_evaluator.ann_file={annotations}"]
+        if resize[loader]:
+            options += [f"{dataset}.pipeline.{resize[loader]}"]
+    options += ["train_dataloader.batch_size=4", "param_scheduler=None"]
+    if task == "classification":
+        options += ["model.num_classes=10", "model.init_cfg=None"]
+    else:
+        options += ["model.backbone.init_cfg=None"]
+    if task == "segmentation":
+        options += [
+            "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
+            "model.data_preprocessor.size=(64,64)",
+        ]
+    elif name.startswith("retinanet"):
+        options += ["model.bbox_head.num_classes=10"]
+    elif name.startswith("mask_rcnn"):
+        options += [
+            "model.roi_head.bbox_head.num_classes=10",
+            "model.roi_head.mask_head.num_classes=10",
+        ]
+    if task == "detection":
+        options += ["train_dataloader.dataset.filter_cfg.min_size=1"]
+    return options
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_builds(name):
+    cfg = load_config(name)
+    init_default_scope(cfg.default_scope)
+    with DATASETS.switch_scope_and_registry(cfg.default_scope) as datasets:
+        for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
+            assert datasets.get(cfg[key].dataset.type)
+    with METRICS.switch_scope_and_registry(cfg.default_scope) as metrics:
+        for key in ("val_evaluator", "test_evaluator"):
+            assert metrics.get(cfg[key].type)
+    model = MODELS.build(cfg.model)
+    cfg.optim_wrapper.type = "OptimWrapper"  # mixed precision needs a GPU
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert trained == sum(p.numel() for p in model.parameters())
+
+    model.train()
+    settings = cfg.model if cfg.model.type == "ImageClassifier" else cfg.model.backbone
+    rates = [m.drop_prob for m in model.backbone.modules() if isinstance(m, DropPath)]
+    assert max(rates, default=0.0) == pytest.approx(settings.drop_path_rate)
+    if cfg.model.type != "ImageClassifier":
+        norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
+        assert norms and not any(norm.training for norm in norms)
+        assert list(model.backbone.out_channels) == cfg.model.neck.in_channels
+        assert len(model.backbone.out_norms) == len(model.backbone.out_channels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_short_and_scales_its_learning_rate_from_the_batch_it_is_for(name):
+    path = shipped_configs()[name]
+    assert len(path.read_text().splitlines()) < 25
+    cfg = load_config(name)
+    assert cfg.auto_scale_lr == dict(
+        enable=False, base_batch_size=8 * cfg.train_dataloader.batch_size
+    )
+    if "8xb" in name:
+        assert f"_8xb{cfg.train_dataloader.batch_size}_" in name
+
+
+@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+def test_every_config_has_a_row_in_the_table_of_its_task(task):
+    table = (CONFIG_ROOT / task / "README.md").read_text()
+    for path in (CONFIG_ROOT / task).glob("*.py"):
+        assert f"`{path.stem}`" in table, path.stem
+
+
+@pytest.mark.parametrize("name", [*SMALLEST, *OTHERS])
+def test_one_step_of_training_and_the_metrics_run(name, digits, tmp_path):
+    cfg = load_config(name, _small_data(name, digits))
+    cfg.work_dir = str(tmp_path)
+    cfg.launcher = "none"
+    cfg.randomness = dict(seed=0)
+    cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=1, val_interval=1)
+    cfg.default_hooks.checkpoint.by_epoch = False
+    runner = build_runner(cfg, "train")
+    before = {key: value.clone() for key, value in runner.model.named_parameters()}
+    runner.train()
+    assert runner.iter == 1
+    scalars = runner.message_hub.log_scalars
+    assert torch.isfinite(torch.tensor(scalars["train/loss"].current()))
+    assert any(key.startswith("val/") for key in scalars)
+    # A bias that a norm in training mode takes away again has no gradient.
+    matrices = {key for key, value in before.items() if value.ndim > 1}
+    after = dict(runner.model.named_parameters())
+    same = [key for key in matrices if torch.equal(before[key], after[key])]
+    assert not same, f"not trained: {same}"
+    assert (tmp_path / "iter_1.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "library, name",
+    [("mmdet", "retinanet_cas_vit_xs_fpn_1x_coco"), ("mmseg", "fpn_cas_vit_xs_40k_ade20k")],
+)
+def test_the_train_script_of_mmdet_and_mmseg_runs_our_config(library, name, digits, tmp_path):
+    (folder,) = importlib.util.find_spec(library).submodule_search_locations
+    length = {"mmdet": ["max_epochs=1"], "mmseg": ["max_iters=1", "val_interval=1"]}[library]
+    options = _small_data(name, digits) + [f"train_cfg.{option}" for option in length]
+    command = [sys.executable, Path(folder, ".mim", "tools", "train.py"), shipped_configs()[name]]
+    done = subprocess.run(
+        [*command, "--work-dir", tmp_path, "--cfg-options", *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    checkpoint = (tmp_path / "last_checkpoint").read_text()
+    assert Path(checkpoint).exists()

@@ -1,0 +1,40 @@
+"""Shared fixtures."""
+
+import pytest
+import timm
+import torch
+
+import densezoo
+
+
+def variants_of_families():
+    """Every name of the zoo; the smallest variant of a family unmarked, the others slow."""
+    families = {}
+    for name in densezoo.list_backbones():
+        model = timm.create_model(name, device="meta")
+        size = sum(p.numel() for p in model.parameters())
+        families.setdefault(type(model).__name__, []).append((size, name))
+    return [
+        pytest.param(name, marks=() if i == 0 else pytest.mark.slow, id=name)
+        for family in families.values()
+        for i, (_, name) in enumerate(sorted(family))
+    ]
+
+
+@pytest.fixture
+def settle():
+    """Give a model BatchNorm statistics of data, as a trained one has, and return it in eval."""
+
+    def settle_(model, *, in_chans=3, size=(64, 64), steps=6):
+        generator = torch.Generator().manual_seed(0)
+        model.train()
+        with torch.no_grad():
+            for _ in range(steps):
+                model(torch.randn(4, in_chans, *size, generator=generator))
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:  # norms' affine parts and biases, zeros and ones at first
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(0.1 * noise.to(parameter))
+        return model.eval()
+
+    return settle_
