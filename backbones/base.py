@@ -227,6 +227,11 @@ class HierarchicalBackbone(nn.Module):
         """Return the classifier; an identity after `reset_classifier(0)`."""
         return self.head.fc
 
+    def classifier_names(self) -> str | tuple[str, ...] | None:
+        """Names of the linear classifiers, as timm's pretrained_cfg has them."""
+        names = [f"head.{n}" for n, m in self.head.named_modules() if isinstance(m, nn.Linear)]
+        return (names[0] if len(names) == 1 else tuple(names)) if names else None
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one.
 

@@ -203,7 +203,9 @@ def _build(registered: Registered, pretrained: bool, **kwargs: Any) -> nn.Module
         pretrained_strict=False,
         **kwargs,
     )
-    if order is not None and hasattr(model, "reorder"):
+    if order is None:
+        model.pretrained_cfg["classifier"] = model.classifier_names()
+    elif hasattr(model, "reorder"):
         model.reorder(order)
     return model
 
@@ -243,7 +245,12 @@ class _Filter:
         except ValueError as error:
             raise WeightsError(f"{self.registered.name}: {error}") from None
         log_report(report, self.registered.name)
-        return {k: v for k, v in mapped.items() if k not in set(report.unexpected)}
+        own = model.state_dict()
+        return {
+            k: v
+            for k, v in mapped.items()
+            if k in own and (v.shape == own[k].shape or not k.startswith("head."))
+        }
 
 
 def _check_weights_source(registered: Registered, kwargs: Mapping[str, Any]) -> None:

@@ -1,10 +1,18 @@
 """Shared fixtures."""
 
+import os
+
 import pytest
 import timm
 import torch
 
 import densezoo
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; more threads than cores cost several times the time. Tests'
+    # subprocesses inherit the variable.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def variants_of_families():

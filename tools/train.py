@@ -77,11 +77,7 @@ def run(args: argparse.Namespace) -> None:
     name = find_config(args.config).stem
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", name))
     cfg.launcher = args.launcher
-    missing = [
-        key for key in ("train_dataloader", "train_cfg", "optim_wrapper") if not cfg.get(key)
-    ]
-    if missing:
-        raise ValueError(f"config {args.config} can't be trained: it lacks {', '.join(missing)}")
+    require_keys(cfg, ("model", "train_dataloader", "train_cfg", "optim_wrapper"), "train")
     if args.seed is not None:
         cfg.randomness = {**cfg.get("randomness", {}), "seed": args.seed}
     if args.amp:

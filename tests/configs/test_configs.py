@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from densezoo.tools.demo_data import CLASSES, make_dataset
-from densezoo.tools.engine.config_files import CONFIG_ROOT, load_config, shipped_configs
-from densezoo.tools.engine.runs import build_runner
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 from timm.layers import DropPath
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from densezoo.tools.demo_data import CLASSES, make_dataset
+from densezoo.tools.engine.config_files import CONFIG_ROOT, load_config, shipped_configs
+from densezoo.tools.engine.runs import build_runner
 
 NAMES = sorted(shipped_configs())
 SMALLEST = [

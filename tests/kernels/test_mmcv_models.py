@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from densezoo.kernels import mmcv_ops
 
 for library in ("mmdet", "mmseg"):

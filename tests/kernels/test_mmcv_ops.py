@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from densezoo.kernels import mmcv_ops
 
 ops = pytest.importorskip("mmcv.ops")
@@ -306,6 +307,14 @@ def test_soft_nms_leaves_its_inputs_alone(rand):
     before = boxes.clone(), scores.clone()
     ops.soft_nms(boxes, scores)
     assert torch.equal(boxes, before[0]) and torch.equal(scores, before[1])
+
+
+def test_an_iou_at_the_threshold_spares_in_nms_only(device):
+    boxes = torch.tensor([[0.0, 0, 2, 2], [0.0, 0, 2, 1]], device=device)
+    scores = torch.tensor([0.9, 0.8], device=device)
+    assert len(ops.nms(boxes, scores, 0.5)[1]) == 2
+    assert len(ops.soft_nms(boxes, scores, 0.5, method="naive")[1]) == 1
+    assert len(ops.nms_match(torch.cat((boxes, scores[:, None]), dim=1), 0.5)) == 1
 
 
 @pytest.mark.parametrize("as_numpy", [False, True])

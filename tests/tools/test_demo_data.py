@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from densezoo.tools import demo_data
 from densezoo.tools.cli import main
-from PIL import Image
 
 IMAGES = {"train": 16, "val": 4}
 SIZE = 64

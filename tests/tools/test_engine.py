@@ -6,11 +6,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from densezoo.tools.engine import TopKAccuracy, timm_dataset
-from densezoo.tools.engine.checks import check_checkpoint, read_checkpoint
-from densezoo.tools.engine.config_files import apply_options, find_config, load_config
-from densezoo.tools.engine.cpu import CpuAmpOptimWrapper
-from densezoo.tools.engine.image_data import fit_stream_loaders
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
@@ -21,6 +16,11 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import densezoo  # noqa: F401
+from densezoo.tools.engine import TopKAccuracy, timm_dataset
+from densezoo.tools.engine.checks import check_checkpoint, read_checkpoint
+from densezoo.tools.engine.config_files import apply_options, find_config, load_config
+from densezoo.tools.engine.cpu import CpuAmpOptimWrapper
+from densezoo.tools.engine.image_data import fit_stream_loaders
 
 CLASSES = ("blue", "green", "red")
 NUM_IMAGES = 7  # per class, as the fixture `colours` has them
@@ -286,6 +286,39 @@ def test_layer_decay_equals_timms_groups(name):
         assert ours[key] == (pytest.approx(scale, rel=1e-12), weight_decay), key
     assert len({scale for scale, _ in theirs.values()}) > 3
     assert len(groups) == len(expected)
+
+
+def test_a_detectors_backbone_has_the_classifiers_factors_and_its_heads_have_none():
+    detector = nn.ModuleDict(
+        dict(
+            backbone=MODELS.build(
+                dict(
+                    type="DenseBackbone",
+                    model_name="cas_vit_xs",
+                    out_indices=(1, 3),
+                    out_norms=True,
+                )
+            ),
+            head=nn.Conv2d(56, 4, 1),
+        )
+    )
+    classifier = MODELS.build(dict(type="ImageClassifier", model_name="cas_vit_xs"))
+    expected = _settings(
+        _optim_wrapper(classifier, layer_decay=0.8).optimizer.param_groups, classifier.backbone
+    )
+    groups = _optim_wrapper(detector, layer_decay=0.8).optimizer.param_groups
+    settings = _settings(groups, detector)
+    assert settings.keys() == dict(detector.named_parameters()).keys()
+    in_classifier = 0
+    for name, (scale, weight_decay) in settings.items():
+        original = next((key for key in expected if name.endswith(f".{key}")), None)
+        if original and "out_norms" not in name:
+            in_classifier += 1
+            assert (scale, weight_decay) == expected[original], name
+        else:
+            assert scale == pytest.approx(1), name
+            assert weight_decay == (0.05 if name == "head.weight" else 0.0), name
+    assert in_classifier == len(settings) - 2 - 4
 
 
 def test_custom_keys_multiply_the_factor_of_the_layer():

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from densezoo.tools.cli import main
 from mmengine.config import Config
+
+from densezoo.tools.cli import main
 
 CONFIG = "cas_vit_xs_8xb128_300e_in1k"
 _run_numbers = itertools.count()

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ...backbones.registry import check_model_name
 
+_SEED = 0x64656E73657A6F6F
+
 
 def build_loss(loss: dict) -> nn.Module:
     """Build a classification loss from ``dict(type=NAME, ...)``.
@@ -127,12 +129,12 @@ class ImageClassifier(BaseModel):
         """Load a checkpoint of the bare backbone through timm's own path, key mapping included."""
         overlay = {"file": checkpoint, "url": "", "hf_hub_id": None}
         try:
-            # With one seed the two differ in what the file held, and in nothing else: timm loads
-            # nothing without a word where no name fits.
+            # With one seed, that no file was made with, the two differ in what the file held: timm
+            # loads nothing without a word where no name fits.
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.manual_seed(_SEED)
                 fresh = timm.create_model(self.model_name, **self.create_args)
-                torch.manual_seed(0)
+                torch.manual_seed(_SEED)
                 source = timm.create_model(
                     self.model_name,
                     pretrained=True,

@@ -1,0 +1,210 @@
+"""Checkpoints of every layout load, say what became of them, and foreign ones are refused."""
+
+import logging
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from mmengine.registry import MODELS
+from oracles import error, load_cases, make_checkpoint, make_input, make_state_dict, relative_error
+from timm.models._hub import save_for_hf
+
+from densezoo.backbones.checkpoints import convert_checkpoint, map_keys, unwrap_checkpoint
+from densezoo.backbones.registry import BACKBONES
+
+CASES = load_cases()
+XS_FILE, XS = CASES["cas_vit_xs-classification-224x224-0"]
+SINGLE_FILE, SINGLE = CASES["cas_vit_xs_single_head-classification-224x224-0"]
+
+
+@pytest.fixture
+def official():
+    return make_state_dict(XS_FILE["keys"])
+
+
+def create(path, name="cas_vit_xs", **kwargs):
+    overlay = dict(file=str(path))
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def saved(tmp_path, checkpoint, name="checkpoint.pth"):
+    torch.save(checkpoint, tmp_path / name)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_entry_of_an_official_file_maps_onto_exactly_our_keys(name):
+    case_file, case = CASES[name]
+    model = timm.create_model(case_file["model_name"], **case["model_kwargs"])
+    rules = BACKBONES[case_file["model_name"]].key_rules
+    mapped, report = convert_checkpoint(make_checkpoint(case_file, case), model, rules)
+    assert report.dialect == "official"
+    assert (report.missing, report.unexpected, report.reshaped) == ([], [], [])
+    assert sorted(report.loaded) == sorted(model.state_dict())
+    assert {k: v.shape for k, v in mapped.items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+
+
+def prefixed(prefix):
+    return lambda state: {prefix + k: v for k, v in state.items()}
+
+
+LAYOUTS = {
+    "bare": lambda s: s,
+    "model": lambda s: {"model": s, "epoch": 3, "args": None},
+    "state_dict": lambda s: {"state_dict": s, "meta": {"epoch": 3}},
+    "model_ema": lambda s: {"model_ema": s, "model": {k: torch.zeros_like(v) for k, v in s.items()}},
+    "nested": lambda s: {"checkpoint": {"model": s}},
+    "module.": prefixed("module."),
+    "backbone.": prefixed("backbone."),
+    "module.backbone.": lambda s: {"state_dict": prefixed("module.backbone.")(s)},
+    "detector": lambda s: {
+        "state_dict": {
+            **prefixed("backbone.")(s),
+            "neck.lateral_convs.0.conv.weight": torch.zeros(8, 8, 1, 1),
+            "bbox_head.retina_cls.weight": torch.zeros(9, 8, 3, 3),
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("features_only", [False, True])
+def test_any_nesting_and_prefix_loads(layout, features_only, tmp_path, official):
+    expected = create(saved(tmp_path, official), features_only=features_only)
+    path = saved(tmp_path, LAYOUTS[layout](official), "other.pth")
+    model = create(path, features_only=features_only)
+    for key, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_safetensors_load(tmp_path, official):
+    safetensors.torch.save_file(official, tmp_path / "model.safetensors")
+    model = create(tmp_path / "model.safetensors")
+    expected = create(saved(tmp_path, official))
+    assert torch.equal(model.stem.conv1.conv.weight, expected.stem.conv1.conv.weight)
+
+
+def test_loading_says_what_was_loaded_missing_unexpected_and_reshaped(tmp_path, official, caplog):
+    del official["network.0.0.norm1.weight"]
+    official["extra.weight"] = torch.zeros(3)
+    with caplog.at_level(logging.INFO, "densezoo"):
+        create(saved(tmp_path, official), in_chans=1)
+    (message,) = [r for r in caplog.records if r.name.startswith("densezoo")]
+    assert message.levelno == logging.WARNING
+    text = message.getMessage()
+    assert "442 entries loaded (official keys)" in text
+    assert "1 missing: stages.0.blocks.0.norm1.weight" in text
+    assert "1 unexpected: extra.weight" in text
+    assert "1 reshaped: stem.conv1.conv.weight (24, 3, 3, 3) to (24, 1, 3, 3)" in text
+
+
+def test_a_full_match_is_no_warning(tmp_path, official, caplog):
+    with caplog.at_level(logging.INFO, "densezoo"):
+        create(saved(tmp_path, official))
+    (message,) = [r for r in caplog.records if r.name.startswith("densezoo")]
+    assert message.levelno == logging.INFO
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = saved(tmp_path, timm.create_model("resnet18").state_dict())
+    with pytest.raises(ValueError, match="cas_vit_xs: no entry .* belongs to CASViT"):
+        create(path)
+
+
+def test_a_checkpoint_of_another_variant_is_refused_by_name(tmp_path, official):
+    with pytest.raises(ValueError, match=r"stem.conv2.*another variant|another variant"):
+        create(saved(tmp_path, official), name="cas_vit_m")
+
+
+def test_a_checkpoint_without_weights_is_refused():
+    with pytest.raises(ValueError, match="no weights found .*epoch"):
+        unwrap_checkpoint({"epoch": 3, "meta": {}})
+
+
+def test_two_entries_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="map to c"):
+        map_keys({"a": torch.zeros(1), "b": torch.zeros(1)}, [("^[ab]$", "c")])
+
+
+def test_no_direct_link_names_the_page_and_the_overlay():
+    with pytest.raises(ValueError, match=r"MODEL_ZOO\.md.*pretrained_cfg_overlay=dict\(file="):
+        timm.create_model("cas_vit_xs", pretrained=True)
+    with pytest.raises(ValueError, match=r"pretrained_cfg_overlay=dict\(file="):
+        timm.create_model("cas_vit_xs", pretrained=True, features_only=True)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_saving_for_the_hub_and_local_dir_round_trip(safe, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("cas_vit_xs", num_classes=11, in_chans=1).eval()
+    save_for_hf(model, tmp_path / "hub", model_args=dict(in_chans=1), safe_serialization=safe)
+    again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    x = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_one_head_loads_into_two_and_keeps_the_logits(tmp_path):
+    path = saved(tmp_path, make_checkpoint(SINGLE_FILE, SINGLE))
+    model = create(path).double().eval()
+    with torch.no_grad():
+        logits = model(make_input(SINGLE["input"], SINGLE["seed"]).double())
+    assert error(SINGLE["outputs"]["logits"], logits) < 1e-6
+
+
+def test_two_heads_load_into_one_and_keep_the_logits(tmp_path):
+    path = saved(tmp_path, make_checkpoint(XS_FILE, XS))
+    model = create(path, distillation=False).double().eval()
+    with torch.no_grad():
+        logits = model(make_input(XS["input"], XS["seed"]).double())
+    assert error(XS["outputs"]["logits"], logits) < 1e-6
+
+
+@pytest.mark.parametrize("distillation", [False, True])
+def test_another_number_of_classes_gets_a_fresh_head(distillation, tmp_path, official, caplog):
+    model = create(saved(tmp_path, official), num_classes=5, distillation=distillation)
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+    assert torch.equal(model.stem.conv1.conv.weight, official["patch_embed.0.weight"])
+    assert "(1000, 220) to (5, 220)" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["pretrained", "init_cfg"])
+def test_dense_backbone_loads_official_files_with_their_output_norms(how, tmp_path, official):
+    generator = torch.Generator().manual_seed(0)
+    for i, dim in enumerate((48, 56, 112, 220)):
+        official[f"norm{2 * i}.weight"] = torch.rand(dim, generator=generator)
+        official[f"norm{2 * i}.bias"] = torch.rand(dim, generator=generator)
+        official[f"norm{2 * i}.running_mean"] = torch.rand(dim, generator=generator)
+        official[f"norm{2 * i}.running_var"] = torch.rand(dim, generator=generator) + 0.5
+    path = str(saved(tmp_path, {"state_dict": {f"backbone.{k}": v for k, v in official.items()}}))
+    load = (
+        dict(pretrained=path)
+        if how == "pretrained"
+        else dict(init_cfg=dict(type="Pretrained", checkpoint=path))
+    )
+    backbone = MODELS.build(
+        dict(type="DenseBackbone", model_name="cas_vit_xs", out_indices=(3, 1), out_norms=True)
+        | load
+    )
+    backbone.init_weights()
+    assert torch.equal(backbone.out_norms["1"].weight, official["norm2.weight"])
+    assert torch.equal(backbone.out_norms["3"].running_var, official["norm6.running_var"])
+    assert torch.equal(backbone.model.model.stem.conv1.conv.weight, official["patch_embed.0.weight"])
+    plain = create(saved(tmp_path, official, "bare.pth"), features_only=True, out_indices=(3, 1))
+    x = make_input([1, 3, 64, 64])
+    with torch.no_grad():
+        maps, expected = backbone.eval()(x), plain.eval()(x)
+    for m, e, i in zip(maps, expected, (3, 1), strict=True):
+        norm = {k: official[f"norm{2 * i}.{k}"][:, None, None] for k in ("weight", "bias")}
+        mean, var = (official[f"norm{2 * i}.running_{k}"][:, None, None] for k in ("mean", "var"))
+        by_hand = (e - mean) / (var + 1e-5).sqrt() * norm["weight"] + norm["bias"]
+        assert relative_error(m, by_hand) < 1e-5
+
+
+def test_dense_backbone_refuses_a_foreign_checkpoint(tmp_path):
+    path = str(saved(tmp_path, timm.create_model("resnet18").state_dict()))
+    with pytest.raises(ValueError, match="does not fit cas_vit_xs"):
+        MODELS.build(dict(type="DenseBackbone", model_name="cas_vit_xs", pretrained=path))

@@ -1,0 +1,96 @@
+"""``densezoo list``: the models of the zoo with their sizes, published results and weights.
+
+Parameters are counted on a model without memory (the meta device); MACs and results are the
+published ones, which ``densezoo macs`` compares with what it counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from fnmatch import fnmatch
+
+import timm
+
+from ..backbones.registry import BACKBONES, Published, list_backbones
+from .tables import format_table
+
+EXAMPLE = "densezoo list --filter 'cas_vit_*'"
+
+HEADER = (
+    "model",
+    "params (M)",
+    "GMACs",
+    "at",
+    "top-1",
+    "RetinaNet",
+    "Mask R-CNN",
+    "Semantic FPN",
+    "licence",
+)
+NOTES = (
+    "As published: GMACs at the size given, ImageNet-1k top-1 of each file; COCO box AP of RetinaNet "
+    "1x, COCO box / mask AP\nof Mask R-CNN 1x; ADE20K mIoU of Semantic FPN."
+)
+
+
+def select_models(pattern: str | None = None) -> list[str]:
+    """List the zoo's names that match `pattern`, all without one.
+
+    Args:
+        pattern: shell-style, as in "cas_vit_*"; one without wildcards matches anywhere in a name.
+
+    Raises:
+        ValueError: nothing matches.
+    """
+    if pattern is None:
+        return list_backbones()
+    wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    names = [name for name in list_backbones() if fnmatch(name, wanted)]
+    if not names:
+        raise ValueError(f"no model of the zoo matches {pattern!r}; `densezoo list` prints all")
+    return names
+
+
+def describe_model(name: str) -> tuple[str, ...]:
+    """Describe the zoo's model `name`, a cell for each title of `HEADER`; "-" is not published."""
+    weights = BACKBONES[name].weights
+    published: Published = weights.published
+    num_params = sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
+    _, height, width = weights.input_size
+
+    def cell(*values: float | None, digits: int = 1) -> str:
+        present = [f"{value:.{digits}f}" for value in values if value is not None]
+        return " / ".join(present) or "-"
+
+    return (
+        name,
+        f"{num_params / 1e6:.3f}",
+        cell(published.gmacs, digits=3),
+        f"{height}x{width}",
+        cell(*published.top1),
+        cell(published.retinanet),
+        cell(*(published.mask_rcnn or ())),
+        cell(published.semantic_fpn),
+        weights.license or "-",
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``densezoo list``."""
+    parser.add_argument(
+        "--filter",
+        metavar="PATTERN",
+        help="names to print, with the wildcards * and ?; without them, what a name has in it",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the models of the zoo, then where their weights are."""
+    names = select_models(args.filter)
+    print(format_table(HEADER, [describe_model(name) for name in names]))
+    print(NOTES)
+    pages: dict[str, list[str]] = {}
+    for name in names:
+        pages.setdefault(BACKBONES[name].weights.page, []).append(name)
+    for page, members in pages.items():
+        print(f"weights of {', '.join(members)}: {page}")
