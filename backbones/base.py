@@ -290,7 +290,9 @@ class HierarchicalBackbone(nn.Module):
         x = self.stem(to_fast_format(x))
         maps: dict[int, torch.Tensor] = {}
         last = max(take) if stop_early or intermediates_only else len(self.stages) - 1
-        for i, stage in enumerate(self.stages[: last + 1]):
+        for i, stage in enumerate(self.stages):
+            if i > last:
+                break
             x = stage(x)
             if i in take:
                 maps[i] = x

@@ -15,7 +15,9 @@ _logger = logging.getLogger(__name__)
 KeyRules = Sequence[tuple[str, str]]
 
 # Where files keep the weights, best first: averaged ones are what results are published with.
-_NESTS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model", "teacher", "net")
+# Not mmengine's "ema_state_dict": its EMAHook puts the average into "state_dict" and the weights
+# that it is an average of into that one.
+_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "net")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "body.")
 
 

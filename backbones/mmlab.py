@@ -50,6 +50,7 @@ class DenseBackbone(BaseModule):
     Attributes:
         out_channels: channels of each returned map.
         out_strides: stride of each returned map, pixels.
+        model_kwargs: arguments of the model, `drop_path_rate` included.
 
     Raises:
         ValueError: an unknown model name, stage, norm or number of frozen stages; weights that

@@ -26,7 +26,9 @@ class ConvMlp(nn.Module):
         self.fc2 = PointwiseConv(hidden_dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = max(1, _HIDDEN_VALUES // (self.fc1.out_channels * x.shape[-1]))
-        if prefers_channels_last(x) and rows < x.shape[-2]:
-            return torch.cat([self.fc2(self.fc1(part)) for part in x.split(rows, dim=2)], dim=2)
+        if prefers_channels_last(x):
+            rows = max(1, _HIDDEN_VALUES // (self.fc1.out_channels * x.shape[-1]))
+            if rows < x.shape[-2]:
+                parts = [self.fc2(self.fc1(part)) for part in x.split(rows, dim=2)]
+                return torch.cat(parts, dim=2)
         return self.fc2(self.fc1(x))

@@ -39,7 +39,7 @@ def settle():
         with torch.no_grad():
             for _ in range(steps):
                 model(torch.randn(4, in_chans, *size, generator=generator))
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.ndim == 1:  # norms' affine parts and biases, zeros and ones at first
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.add_(0.1 * noise.to(parameter))

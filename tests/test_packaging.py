@@ -21,7 +21,8 @@ def check(command, **kwargs):
 def wheel(tmp_path_factory):
     # Of a copy: a build leaves files beside setup.cfg.
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    tracked = check(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT)
+    options = ["-z", "--cached", "--others", "--exclude-standard"]
+    tracked = check(["git", "ls-files", *options], cwd=ROOT)
     for name in filter(None, tracked.split("\0")):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)

@@ -152,10 +152,11 @@ def input_size(name: str) -> tuple[int, int, int]:
     check_model_name(name)
     if ":" in name:
         raise ValueError(f"{name!r} is no name of a model of densezoo or timm (timm.list_models())")
-    cfg = get_pretrained_cfg(name)
-    if cfg is None:
-        raise ValueError(f"unknown weights tag in {name!r}: use {name.split('.')[0]!r}")
-    return tuple(cfg.input_size)
+    try:
+        return tuple(get_pretrained_cfg(name).input_size)
+    except RuntimeError as error:
+        base = name.split(".")[0]
+        raise ValueError(f"unknown weights tag in {name!r}: {base!r} alone is enough") from error
 
 
 def build_model(

@@ -65,7 +65,7 @@ class Schedule:
     images: int = 800
     size: int = 128
     class_size: int = 48
-    class_epochs: int = 8
+    class_epochs: int = 7
     detection_epochs: int = 2
     segmentation_iterations: int = 200
 
@@ -292,7 +292,7 @@ def _make_detection(data: str, schedule: Schedule, weights: str) -> Task:
             ann_file=f"annotations/instances_{split}.json",
             **{"data_prefix.img": f"images/{split}/", "metainfo.classes": _tuple(CLASSES)},
         )
-    options += _loader_options("train", "dataset.pipeline", **{"2.scale": scale, "3.prob": 0})
+    options += _loader_options("train", "dataset.pipeline", **{"2.scale": scale, "3.prob": 0.0})
     options.append(_palette_option(make_palette(len(CLASSES))))
     for loader in ("val", "test"):
         options += [
@@ -353,7 +353,7 @@ def _make_segmentation(data: str, schedule: Schedule, weights: str) -> Task:
             "2.ratio_range": "(0.75,1.5)",
             "3.crop_size": scale,
             "3.cat_max_ratio": 1,  # most of a scene is background
-            "4.prob": 0,
+            "4.prob": 0.0,
         },
     )
     for loader in ("val", "test"):
@@ -501,10 +501,14 @@ def _write_untrained(out_dir: Path, seed: int, tasks: Sequence[Task]) -> None:
     if all(path.exists() for path in paths.values()):
         return
     import torch
+    from mmengine.logging import MMLogger
     from mmengine.registry import MODELS, init_default_scope
 
     from .engine.config_files import load_config
 
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel("ERROR")  # else it names every parameter that it initialised
     for task in tasks:
         cfg = load_config(task.config, task.options)
         if "init_cfg" in cfg.model.get("backbone", {}):
@@ -515,12 +519,13 @@ def _write_untrained(out_dir: Path, seed: int, tasks: Sequence[Task]) -> None:
         model.init_weights()
         paths[task.name].parent.mkdir(exist_ok=True)
         torch.save({"state_dict": model.state_dict()}, paths[task.name])
+    logger.setLevel(level)
 
 
 def _run_steps(steps: Sequence[Step], out_dir: Path, record: dict, progress: tqdm) -> None:
     """Run the steps that are not finished, in order, and note each one."""
     for step in steps:
-        progress.set_description(step.name)
+        progress.set_description_str(step.name)
         end = progress.n + step.weight
         if step.name in record["seconds"]:
             progress.initial += step.weight  # it does not count towards the pace

@@ -28,8 +28,8 @@ HEADER = (
     "licence",
 )
 NOTES = (
-    "As published: GMACs at the size given, ImageNet-1k top-1 of each file; COCO box AP of RetinaNet "
-    "1x, COCO box / mask AP\nof Mask R-CNN 1x; ADE20K mIoU of Semantic FPN."
+    "As published: GMACs at the size given; ImageNet-1k top-1 of each file; COCO box AP of "
+    "RetinaNet,\nbox / mask AP of Mask R-CNN, 1x schedule; ADE20K mIoU of Semantic FPN."
 )
 
 

@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
     cfg.resume = resume_from is not None
     if resume_from:
         cfg.load_from = str(resume_from)
-        # The checkpoint replaces the initial weights, whose file may be gone.
+    if cfg.get("load_from"):
+        # A checkpoint of the whole model replaces the initial weights, whose file may be gone.
         for _, module in walk_dicts(cfg.model):
             if module.get("init_cfg"):
                 module["init_cfg"] = None

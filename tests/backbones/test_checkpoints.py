@@ -55,7 +55,7 @@ LAYOUTS = {
     "bare": lambda s: s,
     "model": lambda s: {"model": s, "epoch": 3, "args": None},
     "state_dict": lambda s: {"state_dict": s, "meta": {"epoch": 3}},
-    "model_ema": lambda s: {"model_ema": s, "model": {k: torch.zeros_like(v) for k, v in s.items()}},
+    "model_ema": lambda s: {"model": {k: 0 * v for k, v in s.items()}, "model_ema": s},
     "nested": lambda s: {"checkpoint": {"model": s}},
     "module.": prefixed("module."),
     "backbone.": prefixed("backbone."),
@@ -192,7 +192,8 @@ def test_dense_backbone_loads_official_files_with_their_output_norms(how, tmp_pa
     backbone.init_weights()
     assert torch.equal(backbone.out_norms["1"].weight, official["norm2.weight"])
     assert torch.equal(backbone.out_norms["3"].running_var, official["norm6.running_var"])
-    assert torch.equal(backbone.model.model.stem.conv1.conv.weight, official["patch_embed.0.weight"])
+    inner = backbone.model.model
+    assert torch.equal(inner.stem.conv1.conv.weight, official["patch_embed.0.weight"])
     plain = create(saved(tmp_path, official, "bare.pth"), features_only=True, out_indices=(3, 1))
     x = make_input([1, 3, 64, 64])
     with torch.no_grad():

@@ -8,11 +8,18 @@ import sys
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from densezoo.tools.cli import main
 
 CONFIG = "cas_vit_xs_8xb128_300e_in1k"
 _run_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Keep what a run writes beside itself out of the checkout."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -123,6 +130,25 @@ def test_the_average_of_the_weights_is_what_a_checkpoint_gives(tmp_path, options
         torch.testing.assert_close(_weights(path)[key], average)
 
 
+def test_a_detector_starts_from_the_average_of_a_classifier(tmp_path, options):
+    options += ["model.model_name=cas_vit_xs", "train_cfg.max_epochs=1"]
+    options += ["optim_wrapper.accumulative_counts=1", "custom_hooks.0.interval=1"]
+    assert _densezoo("train", CONFIG, "--work-dir", tmp_path, cfg_options=options) == 0
+    path = tmp_path / "epoch_1.pth"
+    backbone = MODELS.build(
+        dict(
+            type="DenseBackbone",
+            model_name="cas_vit_xs",
+            init_cfg=dict(type="Pretrained", checkpoint=str(path)),
+        )
+    )
+    backbone.init_weights()
+    trained = _weights(path)
+    for name, value in backbone.model.state_dict().items():
+        own = f"backbone.{name.removeprefix('model.')}"
+        assert torch.equal(value, trained[own]), name
+
+
 def test_mixed_precision_trains_on_the_cpu(tmp_path, options):
     arguments = ["train", CONFIG, "--amp", "--work-dir", tmp_path]
     assert _densezoo(*arguments, cfg_options=options) == 0
@@ -131,6 +157,18 @@ def test_mixed_precision_trains_on_the_cpu(tmp_path, options):
     assert used.optim_wrapper.type == ("AmpOptimWrapper" if on_gpu else "CpuAmpOptimWrapper")
     weights = _weights(tmp_path / "epoch_2.pth").values()
     assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in weights)
+
+
+def test_the_learning_rate_is_scaled_to_the_batch_and_weights_are_loaded(tmp_path, options):
+    options += ["train_cfg.max_epochs=1", "default_hooks.logger.interval=1"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert _densezoo("train", CONFIG, "--work-dir", first, cfg_options=options) == 0
+    arguments = ["train", CONFIG, "--auto-scale-lr", "--work-dir", second]
+    options += [f"load_from={first / 'epoch_1.pth'}", "optim_wrapper.optimizer.lr=1e-9"]
+    assert _densezoo(*arguments, cfg_options=options) == 0
+    lines = next(second.glob("*/vis_data/scalars.json")).read_text().splitlines()
+    assert json.loads(lines[0])["lr"] == pytest.approx(1e-9 * 4 / 1024)
+    _assert_equal_weights(second / "epoch_1.pth", first / "epoch_1.pth")
 
 
 def test_shards_are_trained_on_with_a_name_and_a_split(tmp_path, colours, options):
@@ -177,8 +215,7 @@ def test_a_run_does_not_overwrite_the_checkpoints_of_another(tmp_path, options, 
     assert (tmp_path / "epoch_1.pth").read_bytes() == b"precious"
 
 
-def test_missing_things_are_named_with_what_sets_them(tmp_path, options, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_missing_things_are_named_with_what_sets_them(tmp_path, options, capsys):
     line = _stopped(capsys, "train", "cas_vit_xs_8xb128_300e_in10k")
     assert CONFIG in line
     line = _stopped(capsys, "train", CONFIG)

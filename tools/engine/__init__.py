@@ -7,15 +7,15 @@ data sets and metric, and the optimizer constructor with layer-wise learning-rat
 from .accuracy import TopKAccuracy
 from .classifier import ImageClassifier
 from .cpu import CpuAmpOptimWrapper
-from .image_data import EpochSeedHook, timm_dataset
+from .image_data import epoch_seed_hook, timm_dataset
 from .layer_decay import LayerDecayOptimWrapperConstructor, timm_optimizer
 
 __all__ = [
     "CpuAmpOptimWrapper",
-    "EpochSeedHook",
     "ImageClassifier",
     "LayerDecayOptimWrapperConstructor",
     "TopKAccuracy",
+    "epoch_seed_hook",
     "timm_dataset",
     "timm_optimizer",
 ]

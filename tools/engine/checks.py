@@ -24,7 +24,8 @@ EVALUATORS = {"train": ("val_evaluator",), "test": ("test_evaluator",)}
 
 
 def _require(path: Path, key: str, what: str) -> None:
-    if not path.exists():
+    """Raise a FileNotFoundError unless `path` exists, or is on a remote store of mmengine's."""
+    if not path.exists() and ":/" not in str(path):
         raise FileNotFoundError(
             f"{what} {str(path)!r} does not exist; link the data there, or set it with "
             f"--cfg-options {key}=PATH"

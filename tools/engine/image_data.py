@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from mmengine.hooks import DistSamplerSeedHook
 from mmengine.registry import DATASETS, HOOKS
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+
+if TYPE_CHECKING:
+    from mmengine.hooks import Hook
 
 # Readers of timm that can only be iterated, so that no sampler may shuffle them.
 STREAMS = ("wds", "tfds", "hfids")
@@ -176,14 +179,10 @@ def fit_stream_loaders(cfg: dict) -> None:
             loader["dataset"]["num_workers"] = loader.get("num_workers", 0)
 
 
-@HOOKS.register_module()
-class EpochSeedHook(DistSamplerSeedHook):
-    """Tell the epoch to the sampler, as mmengine's hook does, or to a data set that iterates."""
+@HOOKS.register_module(name="EpochSeedHook")
+def epoch_seed_hook(**options) -> Hook:
+    """Build mmengine's DistSamplerSeedHook, made to tell the epoch to data sets that iterate too."""
+    # mmengine.hooks imports OpenCV, which `import densezoo` is not to pay for.
+    from .epoch_hook import EpochSeedHook
 
-    def before_train_epoch(self, runner) -> None:
-        """Set the epoch of the training loader's data set or sampler."""
-        dataset = runner.train_loop.dataloader.dataset
-        if isinstance(dataset, TimmStream):
-            dataset.set_epoch(runner.epoch)
-        else:
-            super().before_train_epoch(runner)
+    return EpochSeedHook(**options)

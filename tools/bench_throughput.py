@@ -1,0 +1,563 @@
+"""``densezoo bench``: time and memory of models on images of random values, side by side.
+
+Models are timed in turn in one process: each round times every model once, and each time is also
+given as a multiple of timm's resnet50 in the same round, so that a machine that slows down slows
+all alike. Weights are random; the settings are PyTorch's defaults but for what the arguments say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .._version import __version__
+from ..backbones.registry import BACKBONES
+from .count_macs import build_model, check_size, count_macs, first_line, input_size
+from .tables import format_table
+
+EXAMPLE = (
+    "densezoo bench cas_vit_xs --fuse --vs timm:mobilenetv3_large_100 --size 224 224 "
+    "--size 512 672 --threads 1"
+)
+
+YARDSTICK = "resnet50"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+MIN_ROUNDS = 20
+WARMUP = 5  # steps of a model before it is timed; a compiler works in the first
+TURN_MS = 50.0  # a turn is as many steps as take this long
+
+# The child process that measures memory; its argument is what `_measure_growth` takes.
+_CHILD = (
+    "import sys; from densezoo.tools.bench_throughput import _print_growth; "
+    "_print_growth(sys.argv[1])"
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How models are run.
+
+    Attributes:
+        batch: images a step.
+        dtype: of weights and images, a name of `DTYPES`.
+        device: as torch names it.
+        threads: of PyTorch on the CPU.
+        channels_last: whether weights and images are in channels-last memory.
+        compile: whether models go through `torch.compile`, in one graph.
+        train: forward and backward in training mode, rather than inference.
+        features_only: the stage maps alone, without norm and head.
+    """
+
+    batch: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    channels_last: bool = False
+    compile: bool = False
+    train: bool = False
+    features_only: bool = False
+
+    def check(self) -> None:
+        """Raise a ValueError for a setup that cannot be run."""
+        for name in ("batch", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is taken")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}: one of {', '.join(DTYPES)} is taken")
+        try:
+            if torch.empty(1, device=self.device).device.type not in ("cpu", "cuda"):
+                raise RuntimeError("cpu and cuda are taken")
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(
+                f"device {self.device!r} cannot be used: {first_line(error)}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to time: its name in timm, and whether its norms are fused."""
+
+    name: str
+    fused: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} (fused)" if self.fused else self.name
+
+    def build(self, size: tuple[int, int], setup: Setup) -> nn.Module:
+        """Build the model for images of `size` (height, width), on the CPU in float32."""
+        torch.manual_seed(0)
+        model = build_model(self.name, size, features_only=setup.features_only)
+        return model.eval().fuse() if self.fused else model
+
+
+@dataclass
+class _Runner:
+    """A model that is ready to be timed, and what was measured of it."""
+
+    subject: Subject
+    size: tuple[int, int]
+    step: Callable[[], None]
+    num_params: int
+    macs: int
+    calls: int = 1
+    memory_mib: float | None = None
+
+
+def list_subjects(
+    names: Sequence[str], *, fuse: bool = False, peers: Sequence[str] = ()
+) -> list[Subject]:
+    """List what is timed: the models, each followed by its fused form, peers, the yardstick.
+
+    Args:
+        names: models of densezoo or timm.
+        fuse: time the models of the zoo with fused norms too.
+        peers: timm's models, as "timm:NAME".
+
+    Raises:
+        ValueError: a name is unknown, or `fuse` finds no model that can be fused.
+    """
+    if fuse and not any(name.split(".")[0] in BACKBONES for name in names):
+        raise ValueError(f"--fuse takes models of densezoo; {', '.join(names)}: none of them is")
+    subjects = []
+    for name in names:
+        input_size(name)
+        subjects.append(Subject(name))
+        if fuse and name.split(".")[0] in BACKBONES:
+            subjects.append(Subject(name, fused=True))
+    for peer in peers:
+        prefix, _, name = peer.partition(":")
+        if prefix != "timm" or not name:
+            raise ValueError(f"--vs takes timm:NAME, as in timm:convnext_tiny, not {peer!r}")
+        input_size(name)
+        subjects.append(Subject(name))
+    return list(dict.fromkeys([*subjects, Subject(YARDSTICK)]))
+
+
+def measure(
+    subjects: Sequence[Subject],
+    sizes: Sequence[tuple[int, int]],
+    setup: Setup,
+    *,
+    rounds: int = MIN_ROUNDS,
+) -> list[dict[str, Any]]:
+    """Time models in turn, at each size for itself.
+
+    Args:
+        subjects: what to time; the yardstick has to be one of them.
+        sizes: heights and widths, pixels.
+        setup: how to run them.
+        rounds: turns of each model, at least 20.
+
+    Returns:
+        A row a model and size. Times are milliseconds a step of the whole batch; the multiple
+        of the yardstick is the median over rounds of the ratio within a round.
+
+    Raises:
+        ImportError: fvcore is missing.
+        ValueError: the setup is wrong, or a model does not run so.
+    """
+    setup.check()
+    sizes = [check_size(size) for size in sizes]
+    if rounds < MIN_ROUNDS:
+        raise ValueError(f"repeats is {rounds}: at least {MIN_ROUNDS} alternations are taken")
+    total = len(sizes) * len(subjects) * (rounds + 2)
+    rows = []
+    with _threads(setup.threads), tqdm(total=total, desc="bench", unit="turn") as progress:
+        for size in sizes:
+            torch.compiler.reset()  # it compiles a class of models 8 times, no more
+            runners = []
+            for subject in subjects:
+                progress.set_postfix_str(f"{subject.label} warm-up", refresh=False)
+                runners.append(_prepare(subject, size, setup))
+                progress.update()
+            for runner in runners:
+                progress.set_postfix_str(f"{runner.subject.label} memory", refresh=False)
+                if torch.device(setup.device).type == "cpu":
+                    runner.memory_mib = _measure_growth_in_child(runner.subject, size, setup)
+                progress.update()
+            times: dict[Subject, list[float]] = {subject: [] for subject in subjects}
+            for _ in range(rounds):
+                for runner in runners:
+                    progress.set_postfix_str(runner.subject.label, refresh=False)
+                    times[runner.subject].append(_time(runner.step, runner.calls, setup.device))
+                    progress.update()
+            yardstick = next(r for r in runners if r.subject == Subject(YARDSTICK))
+            rows += [_make_row(runner, yardstick, times, setup) for runner in runners]
+    return rows
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _prepare(subject: Subject, size: tuple[int, int], setup: Setup) -> _Runner:
+    """Build, count and warm up a model; on a GPU, measure its peak memory too."""
+    model = subject.build(size, setup)
+    report = count_macs(model, size)
+    is_cuda = torch.device(setup.device).type == "cuda"
+    before = torch.cuda.memory_allocated(setup.device) if is_cuda else 0
+    runner = _Runner(subject, size, _make_step(model, size, setup), report.params, report.macs)
+    try:
+        runner.step()
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats(setup.device)
+        warm_ms = min(_time(runner.step, 1, setup.device) for _ in range(WARMUP - 1))
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{subject.label} does not run at batch {setup.batch}, {size[0]}x{size[1]} pixels, "
+            f"{setup.dtype} on {setup.device}: {first_line(error)}"
+        ) from error
+    if is_cuda:
+        runner.memory_mib = (torch.cuda.max_memory_allocated(setup.device) - before) / 2**20
+    runner.calls = max(1, math.ceil(TURN_MS / warm_ms))
+    return runner
+
+
+def _make_step(model: nn.Module, size: tuple[int, int], setup: Setup) -> Callable[[], None]:
+    """Move a model where it is to run; return what runs it once on a batch of random images."""
+    layout = torch.channels_last if setup.channels_last else torch.contiguous_format
+    target: dict[str, Any] = dict(device=setup.device, dtype=DTYPES[setup.dtype])
+    model = model.to(**target, memory_format=layout).train(setup.train)
+    images = torch.randn(setup.batch, 3, *size, generator=torch.Generator().manual_seed(0))
+    images = images.to(**target, memory_format=layout)
+    # In one graph or not at all: a model that runs half compiled would be timed as if it were.
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if setup.compile else model
+
+    def infer() -> None:
+        with torch.inference_mode():
+            forward(images)
+
+    def train() -> None:
+        outputs = forward(images)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        sum(output.float().mean() for output in outputs).backward()
+        model.zero_grad(set_to_none=True)
+
+    return train if setup.train else infer
+
+
+def _time(step: Callable[[], None], calls: int, device: str) -> float:
+    """Time `calls` steps in a row: milliseconds a step."""
+    is_cuda = torch.device(device).type == "cuda"
+    if is_cuda:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    if is_cuda:
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - start) / calls
+
+
+def _measure_growth_in_child(subject: Subject, size: tuple[int, int], setup: Setup) -> float | None:
+    """Measure on the CPU, in a fresh process, how far a model makes resident memory grow, MiB."""
+    job = json.dumps(dict(subject=asdict(subject), size=size, setup=asdict(setup)))
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD, job], capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        raise ValueError(f"the memory of {subject.label} could not be measured: {reason}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def _print_growth(job: str) -> None:
+    """Print what `_measure_growth` gives for the arguments in `job`, both as JSON."""
+    arguments = json.loads(job)
+    growth = _measure_growth(
+        Subject(**arguments["subject"]), tuple(arguments["size"]), Setup(**arguments["setup"])
+    )
+    print(json.dumps(growth))
+
+
+def _measure_growth(subject: Subject, size: tuple[int, int], setup: Setup) -> float | None:
+    """Measure the growth of this process's resident size, MiB: weights, maps and work space.
+
+    From before the model is built to the peak in three steps; the peak of building it is left
+    out. With `torch.compile`, the compiler's own memory is in it. None where the system does not
+    tell (it takes Linux's /proc).
+    """
+    torch.set_num_threads(setup.threads)
+    try:
+        before = _read_resident("VmRSS")
+        step = _make_step(subject.build(size, setup), size, setup)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        return None
+    for _ in range(3):
+        step()
+    return (_read_resident("VmHWM") - before) / 1024
+
+
+def _read_resident(field: str) -> int:
+    """Read the resident size (VmRSS) or its peak (VmHWM) of this process, KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _make_row(
+    runner: _Runner, yardstick: _Runner, times: dict[Subject, list[float]], setup: Setup
+) -> dict[str, Any]:
+    own = np.array(times[runner.subject])
+    p20, median, p80 = np.percentile(own, [20, 50, 80])
+    ratio = np.median(own / np.array(times[yardstick.subject]))
+    is_cpu = torch.device(setup.device).type == "cpu"
+    memory_kind = "growth of resident size" if is_cpu else "peak of the allocator"
+    return dict(
+        model=runner.subject.name,
+        fused=runner.subject.fused,
+        height=runner.size[0],
+        width=runner.size[1],
+        params=runner.num_params,
+        macs=runner.macs,
+        median_ms=round(float(median), 4),
+        p20_ms=round(float(p20), 4),
+        p80_ms=round(float(p80), 4),
+        images_per_s=round(1000 * setup.batch / float(median), 2),
+        x_resnet50=round(float(ratio), 4),
+        x_resnet50_macs=round(runner.macs / yardstick.macs, 4),
+        memory_mib=None if runner.memory_mib is None else round(runner.memory_mib, 1),
+        memory_kind="" if runner.memory_mib is None else memory_kind,
+        rounds=len(own),
+        steps_per_round=runner.calls,
+        warmup=WARMUP,
+    )
+
+
+def describe_run(setup: Setup) -> dict[str, Any]:
+    """Describe the setup, the machine and the versions: what every row of a CSV repeats."""
+    device = torch.device(setup.device)
+    return dict(
+        mode="training" if setup.train else "inference",
+        features_only=setup.features_only,
+        batch=setup.batch,
+        dtype=setup.dtype,
+        layout="channels_last" if setup.channels_last else "contiguous",
+        compiled=setup.compile,
+        threads=setup.threads,
+        device=_device_name(device),
+        driver=_driver_version() if device.type == "cuda" else "",
+        torch=torch.__version__,
+        timm=importlib.metadata.version("timm"),
+        triton=_triton_version(),
+        python=platform.python_version(),
+        densezoo=__version__,
+        commit=_commit(),
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _run_quietly(*command: str) -> str | None:
+    """Return what a command prints, None where it fails or does not exist."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _driver_version() -> str:
+    query = _run_quietly("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return query.splitlines()[0] if query else ""
+
+
+def _commit() -> str:
+    """Give the commit of the checkout this file is tracked in, "+changes" where it has some."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    if _run_quietly(*git, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return ""
+    commit = _run_quietly(*git, "rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return ""
+    return commit + ("+changes" if _run_quietly(*git, "status", "--porcelain") else "")
+
+
+def format_rows(rows: Sequence[dict[str, Any]], setup: Setup) -> str:
+    """Format rows as text: machine and setup, a table, what its columns are."""
+    facts = describe_run(setup)
+    kind = rows[0]["memory_kind"] or "not measured on this system"
+    cells = [
+        [
+            row["model"] + (" (fused)" if row["fused"] else ""),
+            f"{row['height']}x{row['width']}",
+            f"{row['params'] / 1e6:.2f}",
+            f"{row['macs'] / 1e9:.2f}",
+            f"{row['median_ms']:.2f}",
+            f"{row['p20_ms']:.2f}",
+            f"{row['p80_ms']:.2f}",
+            f"{row['images_per_s']:.1f}",
+            f"{row['x_resnet50']:.3f}",
+            f"{row['x_resnet50_macs']:.3f}",
+            "-" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}",
+        ]
+        for row in rows
+    ]
+    header = "model size M-params GMACs ms p20 p80 images/s x-resnet50 by-MACs MiB".split()
+    return "\n".join(
+        [
+            f"{facts['device']}, threads {facts['threads']}, {facts['mode']}, batch "
+            f"{facts['batch']}, {facts['dtype']}, {facts['layout']}, "
+            f"{'compiled' if facts['compiled'] else 'eager'}"
+            f"{', stage maps only' if facts['features_only'] else ''}",
+            f"torch {facts['torch']}, timm {facts['timm']}, triton {facts['triton'] or 'absent'}, "
+            f"densezoo {facts['densezoo']} {facts['commit']}",
+            format_table(header, cells),
+            f"ms a step: median of {rows[0]['rounds']} alternations after {WARMUP} warm-up steps; "
+            f"x-resnet50: time over resnet50's,\nby-MACs: what MACs alone would give; MiB: {kind}.",
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _new_file(path: str | None) -> Iterator[Any]:
+    """Open a file that must not be there yet, at once; it goes away again if the work fails."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = open(path, "x", newline="", encoding="utf-8")
+    except FileExistsError as error:
+        raise FileExistsError(f"--out {path} is there already: name another file") from error
+    except OSError as error:
+        raise type(error)(
+            f"--out {path} cannot be written ({error.strerror}): name a file in a folder that is there"
+        ) from error
+    try:
+        with file:
+            yield file
+    except BaseException:
+        Path(path).unlink()
+        raise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``densezoo bench``."""
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="names of densezoo or timm")
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        action="append",
+        metavar=("H", "W"),
+        help="height and width of the images, pixels; repeat it for several sizes; by default "
+        "what the weights of the first model are made for",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images a step")
+    parser.add_argument("--dtype", default="float32", help=", ".join(DTYPES))
+    parser.add_argument("--channels-last", action="store_true", help="channels-last memory")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument(
+        "--train", action="store_true", help="time forward and backward, not inference"
+    )
+    parser.add_argument(
+        "--fuse", action="store_true", help="time the zoo's models with fused norms as well"
+    )
+    parser.add_argument(
+        "--features-only", action="store_true", help="time the stage maps, without norm and head"
+    )
+    parser.add_argument(
+        "--vs",
+        nargs="+",
+        action="extend",
+        metavar="timm:NAME",
+        help="models of timm to compare with; resnet50 is always among them",
+    )
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch on the CPU")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=MIN_ROUNDS,
+        metavar="N",
+        help=f"times that each model has its turn, at least {MIN_ROUNDS}",
+    )
+    parser.add_argument("--out", metavar="CSV", help="a new file for the rows")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Time models, print the table and write it where `--out` says."""
+    if args.train and args.fuse:
+        raise ValueError("--fuse is for inference: leave out it or --train")
+    subjects = list_subjects(args.models, fuse=args.fuse, peers=args.vs or ())
+    sizes = [tuple(size) for size in args.size or [input_size(args.models[0])[1:]]]
+    setup = Setup(
+        batch=args.batch,
+        dtype=args.dtype,
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        threads=torch.get_num_threads() if args.threads is None else args.threads,
+        channels_last=args.channels_last,
+        compile=args.compile,
+        train=args.train,
+        features_only=args.features_only,
+    )
+    with _new_file(args.out) as file:
+        rows = measure(subjects, sizes, setup, rounds=args.repeats)
+        if file is not None:
+            shared = {**describe_run(setup), "command": _command(args)}
+            writer = csv.DictWriter(file, [*rows[0], *shared], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row, **shared} for row in rows)
+    print(format_rows(rows, setup))
+    if args.out is not None:
+        print(f"rows written to {args.out}")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """Write out the command that the arguments come from, defaults included."""
+    words = ["densezoo", "bench", *args.models]
+    for name in ("batch", "dtype", "device", "threads", "repeats"):
+        if getattr(args, name) is not None:
+            words += [f"--{name}", str(getattr(args, name))]
+    for height, width in args.size or ():
+        words += ["--size", str(height), str(width)]
+    for name in ("channels_last", "compile", "train", "fuse", "features_only"):
+        words += [f"--{name.replace('_', '-')}"] if getattr(args, name) else []
+    return shlex.join([*words, *(["--vs", *args.vs] if args.vs else [])])
