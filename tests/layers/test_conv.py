@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracles import relative_error
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from densezoo.layers import mlp
 from densezoo.layers.conv import (
@@ -67,7 +68,7 @@ def test_other_dtypes_autograd_and_tracing_take_the_plain_operators():
                 return x + 1
 
         torch.jit.trace(Recorder(), x, check_trace=False)
-        with torch.utils.flop_counter.FlopCounterMode(display=False):
+        with FlopCounterMode(display=False):
             Recorder()(x)
         assert seen == [False, False]
 

@@ -181,7 +181,7 @@ def fit_stream_loaders(cfg: dict) -> None:
 
 @HOOKS.register_module(name="EpochSeedHook")
 def epoch_seed_hook(**options) -> Hook:
-    """Build mmengine's DistSamplerSeedHook, made to tell the epoch to data sets that iterate too."""
+    """Build mmengine's DistSamplerSeedHook, made to tell data sets that iterate the epoch too."""
     # mmengine.hooks imports OpenCV, which `import densezoo` is not to pay for.
     from .epoch_hook import EpochSeedHook
 
