@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm import layers as timm_layers
-from timm.layers import trunc_normal_
+from timm.layers import SelectAdaptivePool2d, trunc_normal_
 from timm.models import checkpoint, register_notrace_function, register_notrace_module
 from timm.models._features import (
     FeatureDictNet,
@@ -25,6 +24,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.conv import prefers_channels_last
+
+_POOL_TYPES = ("avg", "max", "avgmax", "catavgmax")
 
 
 @register_notrace_function
@@ -94,7 +95,7 @@ class Stage(nn.Module):
         return x
 
 
-class ClassifierHead(timm_layers.ClassifierHead):
+class ClassifierHead(nn.Module):
     """Global pooling, dropout and a linear classifier: (B, C, H, W) -> (B, num_classes).
 
     Args:
@@ -102,28 +103,60 @@ class ClassifierHead(timm_layers.ClassifierHead):
         num_classes: classes; 0 leaves the pooled features (B, C).
         pool_type: "avg", "max", "avgmax", "catavgmax" or, with num_classes=0, "" for none.
         drop_rate: dropout rate before the classifier.
+
+    Attributes:
+        num_features: channels of the pooled features; 2C for "catavgmax", else C.
     """
 
     def __init__(
         self, in_features: int, num_classes: int, pool_type: str = "avg", drop_rate: float = 0.0
     ) -> None:
-        super().__init__(in_features, num_classes, pool_type, drop_rate)
-        self._replace_classifier(num_classes)
+        super().__init__()
+        self.in_features = in_features
+        self.global_pool = nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
+        self.fc = nn.Identity()
+        self.reset(num_classes, pool_type)
 
     def make_classifier(self, num_classes: int) -> nn.Module:
         """Make the classifier of (B, num_features) features, `num_classes` > 0."""
         return nn.Linear(self.num_features, num_classes)
 
-    def _replace_classifier(self, num_classes: int) -> None:
-        if num_classes > 0:
-            fc = self.make_classifier(num_classes)
-            fc.to(next(self.fc.parameters())).train(self.training)
-            self.fc = fc
-            init_linear(self.fc)
+    def reset(
+        self, num_classes: int, pool_type: str | None = None, like: torch.Tensor | None = None
+    ) -> None:
+        """Replace the classifier, and the pooling unless `pool_type` is None.
 
-    def reset(self, num_classes: int, pool_type: str | None = None, **kwargs: Any) -> None:
-        super().reset(num_classes, pool_type, **kwargs)
-        self._replace_classifier(num_classes)
+        Args:
+            num_classes: classes; 0 leaves the pooled features.
+            pool_type: as the constructor takes it.
+            like: a tensor of the device and dtype wanted.
+
+        Raises:
+            ValueError: `num_classes` is negative, or above 0 without pooling; an unknown pooling.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}: 0 (no classifier) or more is taken")
+        if pool_type not in (None, "", *_POOL_TYPES):
+            raise ValueError(
+                f'global_pool is {pool_type!r}: one of {_POOL_TYPES}, or "" for none, is taken'
+            )
+        if num_classes and not (self.global_pool.pool_type if pool_type is None else pool_type):
+            raise ValueError(
+                f'num_classes={num_classes} needs a global_pool: "" is taken with num_classes=0'
+            )
+        if pool_type is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        self.num_features = self.in_features * self.global_pool.feat_mult()
+        self.fc = self.make_classifier(num_classes) if num_classes else nn.Identity()
+        init_linear(self.fc)
+        if like is not None:
+            self.fc.to(like)
+        self.train(self.training)
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -240,17 +273,10 @@ class HierarchicalBackbone(nn.Module):
             global_pool: pooling from now on; as it was when None; "" (num_classes=0) for none.
 
         Raises:
-            ValueError: `num_classes` is negative, or above 0 without pooling.
+            ValueError: as `ClassifierHead.reset`.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes is {num_classes}: 0 (no classifier) or more is taken")
-        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-        if num_classes and not pool:
-            raise ValueError(
-                f'num_classes={num_classes} needs a global_pool: "" is taken with num_classes=0'
-            )
+        self.head.reset(num_classes, global_pool, like=next(self.stem.parameters()))
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(

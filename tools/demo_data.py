@@ -136,7 +136,7 @@ def make_dataset(
     try:
         digits, targets, photos = _load_sources()
         train, held_out = _split_digits(targets, seed)
-        with tqdm(total=images + images // 4, desc="data", unit="scene") as progress:
+        with tqdm(total=images + images // 4, desc="data", unit="scene", disable=None) as progress:
             for split, indices, count in (
                 ("train", train, images),
                 ("val", held_out, images // 4),

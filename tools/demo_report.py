@@ -224,7 +224,7 @@ def _format_section(section: Section) -> str:
         height = round(picture.height * _PICTURE_WIDTH / picture.width)
         small = picture.resize((_PICTURE_WIDTH, height), Image.Resampling.LANCZOS)
         parts.append(
-            f'<figure><img src="{_embed(small)}" alt="{caption}" width="{_PICTURE_WIDTH // 2}">'
+            f'<figure><img src="{_embed(small)}" alt="{caption}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
     parts.append("</div>")

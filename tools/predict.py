@@ -27,8 +27,9 @@ EXAMPLE = (
 )
 
 _MIN_SIDE = 384  # pixels; smaller pictures are enlarged, so that their labels can be read
+_NEAREST = Image.Resampling.NEAREST
 _TOP_CLASSES = 5
-_FONT_SIZE = 13  # pixels
+_FONT_SIZE = 15  # pixels
 _CAPTION_HEIGHT = _FONT_SIZE + 5  # pixels
 
 
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     pictures = plan_pictures(paths, Path(args.out), overwrite=args.overwrite)
     predictor = Predictor(args.config, args.checkpoint, cfg_options=args.cfg_options)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    progress = tqdm(zip(paths, pictures, strict=True), total=len(paths), disable=len(paths) < 2)
+    progress = tqdm(zip(paths, pictures, strict=True), total=len(paths), disable=None)
     for path, picture in progress:
         image = read_image(path)
         prediction = predictor(image)
@@ -161,8 +162,9 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{path} is not an image") from error
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
-        raise ValueError(f"{path} is damaged: {error}") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow's PNG reader raises SyntaxError.
+        raise ValueError(f"{path} can't be read: {error}") from error
 
 
 class Predictor:
@@ -215,7 +217,7 @@ class Predictor:
         )
         known = {
             **getattr(DATASETS.get(dataset["type"]), "METAINFO", {}),
-            **dataset.get("metainfo", {}),
+            **(dataset.get("metainfo") or {}),
             **weights.get("meta", {}).get("dataset_meta", {}),
         }
         self.classes = _class_names(known.get("classes"), self.model)
@@ -285,25 +287,21 @@ def _dense_transform(steps: Sequence[dict]) -> Callable[[Image.Image], dict]:
     return transform
 
 
-def _class_names(names: Sequence[str] | None, model: nn.Module) -> list[str]:
-    """Return the names of the classes: the known ones, ImageNet-1k's, or numbers."""
-    if names:
-        return [str(name) for name in names]
+def _class_names(known: Sequence[str] | None, model: nn.Module) -> list[str]:
+    """Return the names of the classes; a classifier's are ImageNet-1k's or numbers if unknown."""
+    if known:
+        return [str(name) for name in known]
     num_classes = getattr(model, "num_classes", None)
+    if num_classes is None:
+        raise ValueError(
+            "neither the checkpoint nor the config names the classes; give --cfg-options "
+            "test_dataloader.dataset.metainfo.classes=(NAME,NAME,...)"
+        )
     if num_classes == 1000:
         from timm.data import ImageNetInfo
 
         return ImageNetInfo().label_descriptions()
-    head = (
-        next(
-            part
-            for part in (getattr(model, name, None) for name in ("bbox_head", "decode_head"))
-            if part is not None
-        )
-        if num_classes is None
-        else model
-    )
-    return [str(label) for label in range(head.num_classes)]
+    return [str(label) for label in range(num_classes)]
 
 
 def make_palette(num_classes: int) -> list[tuple[int, int, int]]:
@@ -363,7 +361,7 @@ def _draw_detections(
 ) -> Image.Image:
     """Draw masks, boxes and their tags."""
     for mask, label in zip(() if found.masks is None else found.masks, found.labels, strict=False):
-        opacity = Image.fromarray(mask.astype(np.uint8) * 115).resize(canvas.size)
+        opacity = Image.fromarray(mask.astype(np.uint8) * 115).resize(canvas.size, _NEAREST)
         canvas.paste(palette[label], (0, 0), opacity)
     pen, font = ImageDraw.Draw(canvas), _font()
     tags = _tags(found, classes)
@@ -393,7 +391,9 @@ def _draw_label_map(
         if label < len(classes) and classes[label] != "background"
     ]
     for label in drawn:
-        opacity = Image.fromarray((labels == label).astype(np.uint8) * 165).resize(canvas.size)
+        opacity = Image.fromarray((labels == label).astype(np.uint8) * 165).resize(
+            canvas.size, _NEAREST
+        )
         canvas.paste(palette[label], (0, 0), opacity)
 
     font = _font()

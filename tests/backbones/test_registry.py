@@ -37,8 +37,9 @@ def test_pretrained_cfg_of_one_head_names_that_head():
 
 def test_importing_overwrites_no_name_of_timm_and_warns_of_nothing():
     script = """
-import warnings; warnings.simplefilter("error")
+import warnings
 from timm.models import _registry as r
+warnings.simplefilter("error")
 before = {n: (r._model_entrypoints[n], r._model_default_cfgs.get(n)) for n in r._model_entrypoints}
 import densezoo
 assert all(r._model_entrypoints[n] is f and r._model_default_cfgs.get(n) is c
@@ -61,13 +62,14 @@ class Theirs(timm.models.ResNet): pass
 def cas_vit_xs(pretrained=False, **kwargs):
     return Theirs(timm.models.resnet.BasicBlock, (1, 1, 1, 1))
 cas_vit_xs.__module__ = "theirs"
+import warnings; warnings.simplefilter("error")
 register_model(cas_vit_xs)
 import densezoo
 assert isinstance(timm.create_model("cas_vit_xs"), Theirs)
 assert "cas_vit_xs" not in densezoo.list_backbones()
 assert timm.create_model("cas_vit_s", device="meta").num_features == 256
 """
-    run = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
 
 
