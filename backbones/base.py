@@ -42,6 +42,19 @@ def check_image(x: torch.Tensor, in_chans: int) -> None:
         raise ValueError(f"the image batch has dtype {x.dtype}: a floating-point one is taken")
 
 
+def check_arguments(
+    depths: Sequence[int], dims: Sequence[int], in_chans: int, drop_path_rate: float
+) -> None:
+    """Raise a ValueError that names the first of a constructor's arguments that is no good."""
+    for name, value in (("depths", depths), ("dims", dims)):
+        if len(value) != 4 or min(value) < 1:
+            raise ValueError(f"{name} is {tuple(value)}: four numbers of at least 1 are taken")
+    if in_chans < 1:
+        raise ValueError(f"in_chans is {in_chans}: 1 or more is taken")
+    if not 0 <= drop_path_rate <= 1:
+        raise ValueError(f"drop_path_rate is {drop_path_rate}: a number from 0 to 1 is taken")
+
+
 @contextlib.contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Keep BatchNorm's running statistics as they are while `module` is computed again."""
@@ -178,8 +191,8 @@ def fuse_children(module: nn.Module) -> None:
 class HierarchicalBackbone(nn.Module):
     """Stem, stages, norm and head of a hierarchical backbone, with timm's model contract.
 
-    Stage maps are NCHW of exactly ceil(H / s) x ceil(W / s), s = `strides`, contiguous when the
-    image is. A subclass builds the parts in its constructor and hands them over.
+    Stage maps are NCHW of exactly ceil(H / s) x ceil(W / s), s = `strides`, contiguous unless
+    the image is channels last. A subclass builds the parts in its constructor and hands them over.
 
     Args:
         stem: (B, in_chans, H, W) -> map of the first stage's resolution.
@@ -312,7 +325,7 @@ class HierarchicalBackbone(nn.Module):
             raise ValueError(f'output_fmt is {output_fmt!r}: "NCHW" and "NHWC" are taken')
         check_image(x, self.in_chans)
         take = absolute_indices(indices, len(self.stages))
-        to_contiguous = x.is_contiguous()
+        image = x
         x = self.stem(to_fast_format(x))
         maps: dict[int, torch.Tensor] = {}
         last = max(take) if stop_early or intermediates_only else len(self.stages) - 1
@@ -326,9 +339,8 @@ class HierarchicalBackbone(nn.Module):
             x = self.norm(x)
             if norm and last in maps:
                 maps[last] = x
-        if to_contiguous:
-            maps = {i: feature.contiguous() for i, feature in maps.items()}
-            x = x.contiguous()
+        maps = {i: in_format_of(image, feature) for i, feature in maps.items()}
+        x = in_format_of(image, x)
         if output_fmt == "NHWC":
             maps = {i: feature.permute(0, 2, 3, 1) for i, feature in maps.items()}
         features = [maps[i] for i in take]
@@ -365,7 +377,7 @@ class HierarchicalBackbone(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the final normed map: (B, in_chans, H, W) -> (B, C, H / 32, W / 32)."""
         check_image(x, self.in_chans)
-        return self.norm(self.stages(self.stem(to_fast_format(x))))
+        return in_format_of(x, self.norm(self.stages(self.stem(to_fast_format(x)))))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Compute logits (B, num_classes), or pooled features (B, C), from the normed map."""
@@ -377,8 +389,8 @@ class HierarchicalBackbone(nn.Module):
     def fuse(self) -> HierarchicalBackbone:
         """Fold BatchNorm into neighbouring convolutions, in place, and return the model.
 
-        For inference: outputs equal those of evaluation mode before. Checkpoints of the
-        unfused model no longer load.
+        For inference: outputs equal those of evaluation mode before. From then on checkpoints
+        of fused models load, and those of unfused ones do not.
         """
         fuse_children(self)
         return self
@@ -390,6 +402,16 @@ def to_fast_format(x: torch.Tensor) -> torch.Tensor:
     if prefers_channels_last(x):
         return x.contiguous(memory_format=torch.channels_last)
     return x
+
+
+@register_notrace_function
+def in_format_of(image: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Make the map `x` contiguous unless the image is channels last and nothing else."""
+    # Without functorch's transforms, which cannot tell the memory format.
+    if not image.is_contiguous() and torch._C._functorch.peek_interpreter_stack() is None:
+        if image.is_contiguous(memory_format=torch.channels_last):
+            return x
+    return x.contiguous()
 
 
 def absolute_indices(indices: int | Sequence[int] | None, num_stages: int) -> list[int]:
@@ -432,10 +454,7 @@ class _Features:
     def forward(self, x: torch.Tensor) -> list[torch.Tensor] | dict[str, torch.Tensor]:
         maps = super().forward(x)
         names = list(maps) if isinstance(maps, dict) else range(len(maps))
-        ordered = {
-            names[i]: maps[names[i]].contiguous() if x.is_contiguous() else maps[names[i]]
-            for i in self._positions
-        }
+        ordered = {names[i]: in_format_of(x, maps[names[i]]) for i in self._positions}
         return type(maps)(ordered) if isinstance(maps, dict) else list(ordered.values())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -9,12 +9,12 @@ in which gated queries and keys are added and multiply the values, and an MLP. T
 spatial one per pixel and a channel one from the global mean, so any size works and every output
 depends on the whole image.
 
-Where this differs from the official code: the query's and the key's gates are one module of
-2C channels and the values have a projection of their own (checkpoint entries are joined and
-split on loading); in training the two heads'
-logits are averaged, as in evaluation, unless `set_distilled_training(True)` asks for the pair; a
-checkpoint with one head loads into two (both take its weights), and one with two heads loads
-into one (their mean), which leaves the published logits as they are.
+Where this differs from the official code: the query's and the key's gates are one module of 2C
+channels and the values have a projection of their own (checkpoint entries are joined and split on
+loading). In training the two heads' logits are averaged, as in evaluation, unless
+`set_distilled_training(True)` asks for the pair. A checkpoint with one head loads into two (both
+take its weights), and one with two heads into one (their mean), which leaves the published logits
+as they are.
 
 The official code and weights (github.com/Tianfang-Zhang/CAS-ViT) are under the MIT licence.
 
@@ -38,7 +38,7 @@ from ..layers.conv import (
     run_channels_last,
 )
 from ..layers.mlp import ConvMlp
-from .base import ClassifierHead, HierarchicalBackbone, Stage
+from .base import ClassifierHead, HierarchicalBackbone, Stage, check_arguments
 from .registry import Published, Weights, register_backbones
 
 
@@ -91,14 +91,10 @@ class AdditiveGates(nn.Module):
 
     def forward(self, qk: torch.Tensor) -> torch.Tensor:
         gate = self.spatial(F.relu(self.depthwise(qk), inplace=True)).sigmoid()  # (B, 2, H, W)
-        pair = qk.unflatten(1, (2, -1))  # (B, 2, C, H, W)
         if prefers_channels_last(qk):
             # The grouped convolution gives a contiguous map, which would turn the product so.
             gate = gate.contiguous(memory_format=torch.channels_last)
-            pair.mul_(gate.unsqueeze(2))
-        else:
-            pair = pair * gate.unsqueeze(2)
-        qk = pair.flatten(1, 2)
+        qk = (qk.unflatten(1, (2, -1)) * gate.unsqueeze(2)).flatten(1, 2)
         gate = self.channel(qk.mean((2, 3), keepdim=True)).sigmoid()  # (B, 2C, 1, 1)
         (q, k), (gate_q, gate_k) = qk.chunk(2, dim=1), gate.chunk(2, dim=1)
         return torch.addcmul(q * gate_q, k, gate_k)
@@ -210,6 +206,7 @@ class CASViT(HierarchicalBackbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
+        check_arguments(depths, dims, in_chans, drop_path_rate)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = [
             ConvStage(
@@ -258,6 +255,8 @@ class CASViT(HierarchicalBackbone):
         has_two_heads = isinstance(self.head, DistilledHead)
         for name in ("weight", "bias"):
             main, dist = f"head.fc.main.{name}", f"head.fc.dist.{name}"
+            if has_two_heads and f"head.fc.{name}" in state_dict:  # one of ours with one head
+                state_dict[main] = state_dict.pop(f"head.fc.{name}")
             if has_two_heads and main in state_dict and dist not in state_dict:
                 state_dict[dist] = state_dict[main].clone()
                 notes.append(f"{dist} is a copy of {main}: the file has one head")

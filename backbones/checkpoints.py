@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import logging
+import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -18,7 +24,9 @@ KeyRules = Sequence[tuple[str, str]]
 # Not mmengine's "ema_state_dict": its EMAHook puts the average into "state_dict" and the weights
 # that it is an average of into that one.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "net")
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "body.")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "body.", "graph_module.")
+# The model's own keys, and as timm's wrappers flatten them.
+_OWN_RULES = ((r"^stages_(\d+)\.", r"stages.\1."),)
 
 
 @dataclass
@@ -49,15 +57,71 @@ class LoadReport:
         return "; ".join(lines)
 
 
-def unwrap_checkpoint(checkpoint: Mapping) -> dict[str, torch.Tensor]:
-    """Find the state dict within a loaded checkpoint file, whatever its nesting and prefixes.
+def _history_method(owner: type, name: str) -> Callable:
+    """Stand in for getattr, which checkpoints of mmengine call on the class of histories alone."""
+    from mmengine.logging import HistoryBuffer
+
+    if owner is not HistoryBuffer or name.startswith("_"):
+        raise pickle.UnpicklingError(f"it asks for {name} of {owner}")
+    return getattr(HistoryBuffer, name)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint file, executing nothing that it might contain.
 
     Args:
-        checkpoint: what `torch.load` returned, or a state dict.
+        path: a ``.safetensors`` file, or one of `torch.save`: tensors, numbers, an
+            `argparse.Namespace`, and the histories that mmengine's Runner logs.
 
     Returns:
-        The tensors by name, without wrapper prefixes such as ``module.`` or ``backbone.``;
-        with ``backbone.`` entries present, those alone (a detector's neck and heads go).
+        The checkpoint; its weights stay on disk until they are used.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, or holds other objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    allowed = [
+        argparse.Namespace,
+        np.dtype,
+        np.ndarray,
+        multiarray._reconstruct,
+        multiarray.scalar,
+        *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint32", "bool")),
+    ]
+    if importlib.util.find_spec("mmengine") is not None:
+        from mmengine.logging import HistoryBuffer
+
+        allowed += [HistoryBuffer, (_history_method, "builtins.getattr")]
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(allowed):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        UnicodeDecodeError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise ValueError(
+            f"{str(path)!r} is not a checkpoint that can be read safely (is it truncated, or does "
+            "it hold more than weights, numbers and logs?)"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def unwrap_nesting(checkpoint: Mapping) -> dict[str, torch.Tensor]:
+    """Find the tensors by name within a loaded checkpoint, names as they are.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned, or a state dict.
 
     Raises:
         ValueError: no tensor by name was found.
@@ -78,18 +142,27 @@ def unwrap_checkpoint(checkpoint: Mapping) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"no weights found in the checkpoint, whose keys are {sorted(map(str, checkpoint))[:8]}"
         )
-    return strip_prefixes(tensors)
+    return tensors
 
 
-def strip_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop wrapper prefixes from keys; where one wraps a part alone, that part is kept alone."""
+def strip_prefixes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drop wrapper prefixes from keys.
+
+    With ``backbone.`` entries present those alone are kept (a detector's neck and heads go), and
+    the output norms of a dense backbone beside its model.
+    """
+    state = dict(state)
     while True:
         counts = {p: sum(k.startswith(p) for k in state) for p in _WRAPPERS}
         prefix = max(counts, key=counts.get)
         # A trunk under a prefix outweighs heads beside it.
         if not counts[prefix] or (prefix != "backbone." and 2 * counts[prefix] < len(state)):
             return state
-        state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        state = {
+            k.removeprefix(prefix): v
+            for k, v in state.items()
+            if k.startswith((prefix, "out_norms."))
+        }
 
 
 def map_keys(state: Mapping[str, torch.Tensor], rules: KeyRules) -> dict[str, torch.Tensor]:
@@ -110,7 +183,12 @@ def map_keys(state: Mapping[str, torch.Tensor], rules: KeyRules) -> dict[str, to
 
 
 def convert_checkpoint(
-    checkpoint: Mapping, model: nn.Module, dialects: Mapping[str, KeyRules]
+    checkpoint: Mapping,
+    model: nn.Module,
+    dialects: Mapping[str, KeyRules],
+    *,
+    first_conv: str,
+    in_chans: int = 3,
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
     """Turn a checkpoint in any of a family's dialects into entries of `model`.
 
@@ -118,29 +196,43 @@ def convert_checkpoint(
         checkpoint: a loaded file or a state dict, nested and prefixed as it may be.
         model: the backbone that it is for (`adapt_checkpoint` of it is called).
         dialects: key rules by dialect name.
+        first_conv: name of the convolution that takes the image, which timm fits to other
+            channels than the `in_chans` of the file.
+        in_chans: channels that the file is for.
 
     Returns:
         All entries under the model's naming, unexpected ones included, and the report.
 
     Raises:
-        ValueError: nothing of it belongs to the model's stem or stages, or an entry's shape is
-            that of another model.
+        ValueError: less than half of the model's stem and stages is in it, an entry's shape is
+            that of another model, or its norms are folded and the model's are not.
     """
-    state = unwrap_checkpoint(checkpoint)
+    state = strip_prefixes(unwrap_nesting(checkpoint))
     own = model.state_dict()
     trunk = {k for k in own if k.startswith(("stem.", "stages."))}
     best: tuple[int, str, dict[str, torch.Tensor], list[str]] | None = None
-    for dialect, rules in {"densezoo": (), **dialects}.items():
+    for dialect, rules in {"densezoo": _OWN_RULES, **dialects}.items():
         mapped = map_keys(state, rules)
         notes = model.adapt_checkpoint(mapped)
         score = len(trunk & mapped.keys())
         if best is None or score > best[0]:
             best = score, dialect, mapped, notes
     score, dialect, mapped, notes = best
-    if not score:
+    folded = [
+        k
+        for k in mapped
+        if k.endswith(".bias") and k not in own and k.removesuffix("bias") + "weight" in own
+    ]
+    if folded:
         raise ValueError(
-            f"no entry of the checkpoint belongs to {type(model).__name__}: it has keys such as "
-            f"{sorted(state)[:3]}. It is a checkpoint of another model"
+            f"the checkpoint has {folded[0]}, which a model has after fuse() alone: load it into "
+            "model.fuse(), or take the checkpoint from before"
+        )
+    if 2 * score < len(trunk):
+        found = f"{score} of its {len(trunk)} entries" if score else "no entry"
+        raise ValueError(
+            f"{found} of {type(model).__name__} in the checkpoint, which has keys such as "
+            f"{sorted(state)[:3]}: it is a checkpoint of another model, or a part of one"
         )
     report = LoadReport(dialect, reshaped=notes)
     for key, value in own.items():
@@ -150,7 +242,12 @@ def convert_checkpoint(
                 report.missing.append(key)
         elif mapped[key].shape == value.shape:
             report.loaded.append(key)
-        elif is_adaptable(model, key, mapped[key], value):
+        elif key == f"{first_conv}.weight" and mapped[key].shape[1] != in_chans:
+            raise ValueError(
+                f"the checkpoint is for images of {mapped[key].shape[1]} channels, the model for "
+                f"{value.shape[1]}: pass in_chans={mapped[key].shape[1]}"
+            )
+        elif is_adaptable(key, mapped[key], value, first_conv):
             report.reshaped.append(f"{key} {tuple(mapped[key].shape)} to {tuple(value.shape)}")
         else:
             raise ValueError(
@@ -161,13 +258,12 @@ def convert_checkpoint(
     return mapped, report
 
 
-def is_adaptable(model: nn.Module, key: str, given: torch.Tensor, wanted: torch.Tensor) -> bool:
+def is_adaptable(key: str, given: torch.Tensor, wanted: torch.Tensor, first_conv: str) -> bool:
     """Whether timm fits the entry: first convolution to in_chans, classifier to num_classes."""
     if key.startswith("head."):
         return given.shape[1:] == wanted.shape[1:]
     return (
-        key.startswith("stem.")
-        and given.ndim == 4
+        key == f"{first_conv}.weight"
         and given.shape[0] == wanted.shape[0]
         and given.shape[2:] == wanted.shape[2:]
     )

@@ -6,10 +6,10 @@ library looks names up in; a config needs ``custom_imports = dict(imports=["dens
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from mmengine.model import BaseModule
@@ -18,8 +18,11 @@ from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checkpoints import map_keys, unwrap_checkpoint
-from .registry import BACKBONES, check_model_name, register_in_mmengine
+from .base import absolute_indices
+from .checkpoints import map_keys, read_checkpoint, strip_prefixes, unwrap_nesting
+from .registry import BACKBONES, check_model_name, create_with_weights, register_in_mmengine
+
+_logger = logging.getLogger(__name__)
 
 _OUT_NORMS = {"batch_norm": nn.BatchNorm2d, "layer_norm": LayerNorm2d}
 
@@ -79,21 +82,35 @@ class DenseBackbone(BaseModule):
         self.norm_eval = norm_eval
         self.frozen_stages = frozen_stages
         self.model_kwargs = dict(model_kwargs or {})
-        self._arguments = dict(self.model_kwargs, features_only=True, out_indices=out_indices)
         if drop_path_rate is not None:
-            self._arguments["drop_path_rate"] = drop_path_rate
+            self.model_kwargs["drop_path_rate"] = drop_path_rate
+        self._indices = self._resolve(out_indices)
+        # timm gives most maps in the network's order, whatever the order asked for.
+        self._arguments = dict(
+            self.model_kwargs, features_only=True, out_indices=tuple(sorted(self._indices))
+        )
+        self._positions = tuple(sorted(self._indices).index(i) for i in self._indices)
         self.model = timm.create_model(model_name, pretrained=pretrained is True, **self._arguments)
-        self.out_channels = self.model.feature_info.channels()
-        self.out_strides = self.model.feature_info.reduction()
+        self.out_channels = self.model.feature_info.get("num_chs", self._indices)
+        self.out_strides = self.model.feature_info.get("reduction", self._indices)
         self.out_norms = self._make_out_norms(out_norms)
         if with_cp:
             self.model.set_grad_checkpointing(True)
         self._frozen = self._find_frozen_modules()
-        for module in self._frozen:
-            module.requires_grad_(False)
+        for name in self._frozen:
+            for parameter in self.model.get_submodule(name).parameters(recurse=False):
+                parameter.requires_grad_(False)
         if isinstance(pretrained, str):
             self.load_weights(pretrained)
         self._has_weights = bool(pretrained)
+
+    def _resolve(self, out_indices: int | Sequence[int]) -> list[int]:
+        """Stage indices from 0, in the order asked for."""
+        if not isinstance(out_indices, int) and all(i >= 0 for i in out_indices):
+            return absolute_indices(out_indices, max(out_indices, default=0) + 1)
+        # How many levels there are, timm says of a model alone.
+        levels = timm.create_model(self.model_name, features_only=True, **self.model_kwargs)
+        return absolute_indices(out_indices, len(levels.feature_info))
 
     def _make_out_norms(self, out_norms: bool | str) -> nn.ModuleDict:
         """One norm a returned map, under the stage's index."""
@@ -115,14 +132,15 @@ class DenseBackbone(BaseModule):
         return nn.ModuleDict(
             {
                 str(i): _OUT_NORMS[name](channels)
-                for i, channels in zip(
-                    self.model.feature_info.out_indices, self.out_channels, strict=True
-                )
+                for i, channels in zip(self._indices, self.out_channels, strict=True)
             }
         )
 
-    def _find_frozen_modules(self) -> list[nn.Module]:
-        """Leaf modules up to the end of the last frozen stage, in order of registration."""
+    def _find_frozen_modules(self) -> list[str]:
+        """Names of the model's modules that lie before the end of the last frozen stage.
+
+        Names, because converters (to SyncBatchNorm) put other modules in their places.
+        """
         levels = [i["module"] for i in self.model.feature_info.info if i["reduction"] >= 4]
         if not -1 <= self.frozen_stages <= len(levels):
             raise ValueError(
@@ -143,11 +161,14 @@ class DenseBackbone(BaseModule):
         if not inside:
             raise ValueError(
                 f"frozen_stages={self.frozen_stages} is not possible: {path} is not kept in "
-                f"{self.model_name} with out_indices {self._arguments['out_indices']}"
+                f"{self.model_name} with out_indices {self._indices}"
             )
         end = inside[-1] + 1 if self.frozen_stages else inside[0]
-        modules = [m for _, m in self.model.named_modules()][:end]
-        return [m for m in modules if not list(m.children())]
+        return [
+            name
+            for name in names[1:end]
+            if not any(later.startswith(f"{name}.") for later in names[end:])
+        ]
 
     def init_weights(self) -> None:
         """Load ``init_cfg``'s checkpoint through the zoo's key mapping; once.
@@ -170,41 +191,37 @@ class DenseBackbone(BaseModule):
             FileNotFoundError: there is no such file.
             ValueError: the weights belong to another model.
         """
-        # Costs as much to import as the rest of densezoo.
-        from mmengine.runner.checkpoint import CheckpointLoader
+        if "://" in path:
+            # Costs as much to import as the rest of densezoo.
+            from mmengine.runner.checkpoint import CheckpointLoader
 
-        if path.endswith(".safetensors"):
-            checkpoint = safetensors.torch.load_file(path)
-        else:
             checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
-        state = unwrap_checkpoint(checkpoint)
+        else:
+            checkpoint = read_checkpoint(path)
+        state = strip_prefixes(unwrap_nesting(checkpoint))
         registered = BACKBONES.get(self.model_name.split(".")[0])
-        rules = registered.key_rules.values() if registered else ()
         norms = {}
         for name in list(state):
-            for dialect in ((), *rules):
-                (mapped,) = map_keys({name: state[name]}, dialect)
+            for rules in ((), *(registered.key_rules.values() if registered else ())):
+                (mapped,) = map_keys({name: state[name]}, rules)
                 if mapped.startswith("out_norms."):
                     norms[mapped.removeprefix("out_norms.")] = state.pop(name)
                     break
         try:
-            source = timm.create_model(
-                self.model_name,
-                pretrained=True,
-                pretrained_cfg_overlay=dict(state_dict=state),
-                **self._arguments,
-            )
-        except (RuntimeError, KeyError) as error:
+            source = create_with_weights(self.model_name, state, self._arguments)
+        except ValueError as error:
             raise ValueError(f"{path} does not fit {self.model_name}: {error}") from error
         self.model.load_state_dict(source.state_dict())
         own = self.out_norms.state_dict()
-        self.out_norms.load_state_dict({**own, **{k: norms[k] for k in own.keys() & norms}})
+        found = {k: norms[k] for k in own if k in norms}
+        self.out_norms.load_state_dict({**own, **found})
+        _logger.info("%s: %d of %d entries of out_norms loaded", path, len(found), len(own))
 
     def train(self, mode: bool = True) -> DenseBackbone:
         super().train(mode)
         if mode:
-            for module in self._frozen:
-                module.eval()
+            for name in self._frozen:
+                self.model.get_submodule(name).training = False
             if self.norm_eval:
                 for module in self.modules():
                     if isinstance(module, _BatchNorm):
@@ -215,6 +232,7 @@ class DenseBackbone(BaseModule):
         maps = self.model(x)
         if str(getattr(self.model, "output_fmt", "NCHW")) in ("NHWC", "Format.NHWC"):
             maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
+        maps = [maps[i] for i in self._positions]
         if self.out_norms:
             maps = [norm(m) for norm, m in zip(self.out_norms.values(), maps, strict=True)]
         return tuple(maps)

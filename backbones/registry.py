@@ -7,8 +7,10 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models import (
     build_model_with_cfg,
@@ -17,14 +19,24 @@ from timm.models import (
     list_models,
     register_model,
 )
+from timm.models._features import FeatureDictNet, FeatureHookNet
 from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import get_pretrained_cfg
 from torch import nn
 
 from .base import FEATURE_CLASSES, HierarchicalBackbone, absolute_indices
-from .checkpoints import KeyRules, convert_checkpoint, log_report
+from .checkpoints import (
+    KeyRules,
+    convert_checkpoint,
+    log_report,
+    read_checkpoint,
+    strip_prefixes,
+    unwrap_nesting,
+)
 
 _logger = logging.getLogger(__name__)
+
+_SEED = 0x64656E73657A6F6F
 
 
 @dataclass(frozen=True)
@@ -184,16 +196,20 @@ def _build(registered: Registered, pretrained: bool, **kwargs: Any) -> nn.Module
         _check_weights_source(registered, kwargs)
     feature_cfg, order = {}, None
     if kwargs.get("features_only", False):
-        num_stages = len(registered.arguments.get("depths", (0,) * 4))
+        num_stages = len({**registered.arguments, **kwargs}["depths"])
         order = absolute_indices(kwargs.pop("out_indices", None), num_stages)
-        name = kwargs.pop("feature_cls", "getter")
-        if isinstance(name, str) and name not in FEATURE_CLASSES:
-            raise ValueError(f"feature_cls is {name!r}: one of {list(FEATURE_CLASSES)} is taken")
-        feature_cfg = dict(
-            out_indices=tuple(sorted(order)),
-            feature_cls=FEATURE_CLASSES[name] if isinstance(name, str) else name,
-            flatten_sequential=True,
-        )
+        feature_cls = kwargs.pop("feature_cls", "getter")
+        name = feature_cls.lower() if isinstance(feature_cls, str) else None
+        if isinstance(feature_cls, type):  # timm's own classes stand for ours
+            name = next((n for n, c in FEATURE_CLASSES.items() if feature_cls in c.__mro__), None)
+        if name not in FEATURE_CLASSES:
+            raise ValueError(
+                f"feature_cls is {feature_cls!r}: one of {list(FEATURE_CLASSES)} is taken"
+            )
+        feature_cls = FEATURE_CLASSES[name]
+        feature_cfg = dict(out_indices=tuple(sorted(order)), feature_cls=feature_cls)
+        if issubclass(feature_cls, (FeatureDictNet, FeatureHookNet)):
+            feature_cfg["flatten_sequential"] = True
     model = build_model_with_cfg(
         _Constructor(registered),
         registered.name,
@@ -205,7 +221,7 @@ def _build(registered: Registered, pretrained: bool, **kwargs: Any) -> nn.Module
     )
     if order is None:
         model.pretrained_cfg["classifier"] = model.classifier_names()
-    elif hasattr(model, "reorder"):
+    else:
         model.reorder(order)
     return model
 
@@ -240,16 +256,27 @@ class _Filter:
     def __call__(
         self, state_dict: Mapping[str, Any], model: HierarchicalBackbone
     ) -> dict[str, torch.Tensor]:
+        cfg = model.pretrained_cfg
         try:
-            mapped, report = convert_checkpoint(state_dict, model, self.registered.key_rules)
+            mapped, report = convert_checkpoint(
+                state_dict,
+                model,
+                self.registered.key_rules,
+                first_conv=self.registered.weights.first_conv,
+                in_chans=cfg["input_size"][0],
+            )
         except ValueError as error:
             raise WeightsError(f"{self.registered.name}: {error}") from None
         log_report(report, self.registered.name)
         own = model.state_dict()
+        head = [k for k in mapped if k in own and k.startswith("head.")]
+        if head and all(mapped[k].shape == own[k].shape for k in head):
+            # timm drops a classifier whose number of classes is not the registered one.
+            cfg["num_classes"] = model.num_classes
         return {
             k: v
             for k, v in mapped.items()
-            if k in own and (v.shape == own[k].shape or not k.startswith("head."))
+            if k in own and (v.shape == own[k].shape or k not in head)
         }
 
 
@@ -260,12 +287,71 @@ def _check_weights_source(registered: Registered, kwargs: Mapping[str, Any]) -> 
         cfg = get_pretrained_cfg(name) or PretrainedCfg()
     cfg = cfg if isinstance(cfg, PretrainedCfg) else PretrainedCfg(**cfg)
     cfg = replace(cfg, **(kwargs.get("pretrained_cfg_overlay") or {}))
+    if cfg.file and not cfg.state_dict and not Path(cfg.file).is_dir():
+        unwrap_nesting(read_checkpoint(cfg.file))  # says better than timm what is wrong with it
     if not (cfg.has_weights or cfg.state_dict):
         raise WeightsError(
             f"the weights of {registered.name} have no direct link. Download one of "
             f"{', '.join(registered.weights.files)} (listed at {registered.weights.page}), then "
             f"pass pretrained=True, pretrained_cfg_overlay=dict(file='DOWNLOADED_FILE')"
         )
+
+
+def create_with_weights(
+    model_name: str, checkpoint: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> nn.Module:
+    """Build a model of the zoo or of timm with the weights of a loaded checkpoint.
+
+    Args:
+        model_name: as `timm.create_model` takes it.
+        checkpoint: what `read_checkpoint` returned, in any layout that the model's own loading
+            knows, or the model's own state dict.
+        arguments: further arguments of `timm.create_model`.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+    base = model_name.split(".")[0]
+    if base in BACKBONES:
+        overlay = dict(state_dict=dict(checkpoint))
+        return timm.create_model(
+            model_name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
+        )
+    state = strip_prefixes(unwrap_nesting(checkpoint))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        fresh = timm.create_model(model_name, **arguments)
+        own = fresh.state_dict()
+        prefix = next((p for p in ("model.", "body.") if all(k.startswith(p) for k in own)), "")
+        heads = fresh.pretrained_cfg.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else tuple(heads)
+        known = {prefix + k: v for k, v in state.items() if prefix + k in own}
+        fitting = {k: v for k, v in known.items() if v.shape == own[k].shape}
+        # Where another shape than the classifier's differs, timm may know how to fit it.
+        if 2 * len(fitting) >= len(own) and all(
+            k.startswith(heads) for k in known.keys() - fitting
+        ):
+            fresh.load_state_dict(fitting, strict=False)
+            return fresh
+        # timm loads nothing without a word where no name fits. With one seed, that no file was
+        # made with, the two models differ in what the file held.
+        torch.manual_seed(_SEED)
+        overlay = dict(state_dict=state, url="", hf_hub_id=None)
+        try:
+            model = timm.create_model(
+                model_name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
+            )
+        except (RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise WeightsError(f"the checkpoint is not one of {model_name}: {reason}") from error
+    pairs = zip(fresh.parameters(), model.parameters(), strict=True)
+    changed = [not torch.equal(one, two) for one, two in pairs if one.ndim > 1]
+    if 2 * sum(changed) < len(changed):
+        raise WeightsError(
+            f"the checkpoint is not one of {model_name}: {sum(changed)} of {len(changed)} of its "
+            "matrices and kernels are in it"
+        )
+    return model
 
 
 def register_in_mmengine(registry: Any, classes: Sequence[type]) -> None:

@@ -3,30 +3,13 @@
 import os
 
 import pytest
-import timm
 import torch
-
-import densezoo
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; more threads than cores cost several times the time. Tests'
     # subprocesses inherit the variable.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-
-
-def variants_of_families():
-    """Every name of the zoo; the smallest variant of a family unmarked, the others slow."""
-    families = {}
-    for name in densezoo.list_backbones():
-        model = timm.create_model(name, device="meta")
-        size = sum(p.numel() for p in model.parameters())
-        families.setdefault(type(model).__name__, []).append((size, name))
-    return [
-        pytest.param(name, marks=() if i == 0 else pytest.mark.slow, id=name)
-        for family in families.values()
-        for i, (_, name) in enumerate(sorted(family))
-    ]
 
 
 @pytest.fixture

@@ -16,7 +16,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
+import timm
 import torch
+
+import densezoo
 
 DATA = Path(__file__).parent / "data" / "parity"
 SAMPLES = 64
@@ -103,3 +107,17 @@ def relative_error(actual, expected):
     """Largest difference of two tensors in the standard deviation of the second."""
     assert actual.shape == expected.shape
     return float((actual.double() - expected.double()).abs().max() / expected.double().std())
+
+
+def variants_of_families():
+    """Every name of the zoo; the smallest variant of a family unmarked, the others slow."""
+    families = {}
+    for name in densezoo.list_backbones():
+        model = timm.create_model(name, device="meta")
+        size = sum(p.numel() for p in model.parameters())
+        families.setdefault(type(model).__name__, []).append((size, name))
+    return [
+        pytest.param(name, marks=() if i == 0 else pytest.mark.slow, id=name)
+        for family in families.values()
+        for i, (_, name) in enumerate(sorted(family))
+    ]

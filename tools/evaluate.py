@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError, OSError, ImportError: for a user's mistake, before any work is done.
     """
     require_mmengine()
+    from ..backbones.checkpoints import read_checkpoint
     from .engine import checks
     from .engine.config_files import find_config, load_config, require_keys
     from .engine.runs import build_runner
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         raise FileExistsError(f"--out {args.out} exists; choose another file or remove it")
     if out and not out.parent.is_dir():
         raise FileNotFoundError(f"the folder of --out {args.out} does not exist")
-    checkpoint = checks.read_checkpoint(args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint)
     checks.check_data(cfg, "test")
     checks.check_work_dir(Path(cfg.work_dir), resume=True)
 

@@ -191,11 +191,11 @@ class Predictor:
         from mmengine.model import revert_sync_batchnorm
         from mmengine.registry import DATASETS, MODELS, init_default_scope
 
-        from .engine import checks
+        from ..backbones.checkpoints import read_checkpoint
         from .engine.config_files import load_config, walk_dicts
 
         cfg = load_config(config, cfg_options)
-        weights = checks.read_checkpoint(checkpoint)
+        weights = read_checkpoint(checkpoint)
         init_default_scope(cfg.get("default_scope", "mmengine"))
         try:
             self.model = revert_sync_batchnorm(MODELS.build(cfg.model))

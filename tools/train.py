@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
     require_mmengine()
     from mmengine.logging import print_log
 
+    from ..backbones.checkpoints import read_checkpoint
     from .engine import checks
     from .engine.config_files import find_config, load_config, require_keys, walk_dicts
     from .engine.runs import build_runner
@@ -106,13 +107,14 @@ def run(args: argparse.Namespace) -> None:
                 module["init_cfg"] = None
     else:
         checks.check_initial_weights(cfg)
-    checkpoint = checks.read_checkpoint(cfg.load_from) if cfg.get("load_from") else None
+    checkpoint = read_checkpoint(cfg.load_from) if cfg.get("load_from") else None
     if resume_from and "optimizer" not in checkpoint:
         raise ValueError(
             f"checkpoint {cfg.load_from!r} has no state of an optimizer to resume; to start from "
             "its weights give --cfg-options load_from=FILE"
         )
-    checks.check_work_dir(work_dir, resume=args.resume is not None)
+    goes_on = resume_from is not None and resume_from.resolve().parent == work_dir.resolve()
+    checks.check_work_dir(work_dir, resume=goes_on)
 
     runner = build_runner(cfg, "train")
     if checkpoint:

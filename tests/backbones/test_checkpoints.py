@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from oracles import error, load_cases, make_checkpoint, make_input, make_state_dict, relative_error
 from timm.models._hub import save_for_hf
 
-from densezoo.backbones.checkpoints import convert_checkpoint, map_keys, unwrap_checkpoint
+from densezoo.backbones.checkpoints import convert_checkpoint, map_keys, unwrap_nesting
 from densezoo.backbones.registry import BACKBONES
 
 CASES = load_cases()
@@ -38,7 +38,9 @@ def test_every_entry_of_an_official_file_maps_onto_exactly_our_keys(name):
     case_file, case = CASES[name]
     model = timm.create_model(case_file["model_name"], **case["model_kwargs"])
     rules = BACKBONES[case_file["model_name"]].key_rules
-    mapped, report = convert_checkpoint(make_checkpoint(case_file, case), model, rules)
+    mapped, report = convert_checkpoint(
+        make_checkpoint(case_file, case), model, rules, first_conv="stem.conv1.conv"
+    )
     assert report.dialect == "official"
     assert (report.missing, report.unexpected, report.reshaped) == ([], [], [])
     assert sorted(report.loaded) == sorted(model.state_dict())
@@ -110,7 +112,7 @@ def test_a_full_match_is_no_warning(tmp_path, official, caplog):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = saved(tmp_path, timm.create_model("resnet18").state_dict())
-    with pytest.raises(ValueError, match="cas_vit_xs: no entry .* belongs to CASViT"):
+    with pytest.raises(ValueError, match="cas_vit_xs: no entry of CASViT.*another model"):
         create(path)
 
 
@@ -119,9 +121,79 @@ def test_a_checkpoint_of_another_variant_is_refused_by_name(tmp_path, official):
         create(saved(tmp_path, official), name="cas_vit_m")
 
 
+def test_a_part_of_a_checkpoint_is_refused(tmp_path, official):
+    part = {k: v for k, v in official.items() if k.startswith(("patch_embed", "network.0"))}
+    with pytest.raises(ValueError, match=r"\d+ of its \d+ entries of CASViT"):
+        create(saved(tmp_path, part))
+
+
+def test_a_fused_checkpoint_loads_into_fused_models_alone(tmp_path, settle):
+    fused = settle(timm.create_model("cas_vit_xs")).fuse()
+    path = saved(tmp_path, fused.state_dict())
+    with pytest.raises(ValueError, match=r"fuse\(\)"):
+        create(path)
+    other = timm.create_model("cas_vit_xs").fuse().eval()
+    other.load_state_dict(torch.load(path))
+    x = make_input([1, 3, 64, 64])
+    with torch.no_grad():
+        assert torch.equal(other(x), fused(x))
+
+
+@pytest.mark.parametrize("distillation", [False, True])
+def test_a_fine_tuned_head_is_kept(distillation, tmp_path):
+    torch.manual_seed(0)
+    arguments = dict(num_classes=5, distillation=distillation)
+    model = timm.create_model("cas_vit_xs", **arguments)
+    again = create(saved(tmp_path, model.state_dict()), **arguments)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_one_head_of_ours_loads_into_two(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("cas_vit_xs", distillation=False).eval()
+    again = create(saved(tmp_path, model.state_dict())).eval()
+    x = make_input([1, 3, 64, 64])
+    with torch.no_grad():
+        assert relative_error(again(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx"])
+def test_state_dicts_of_every_feature_class_load(feature_cls, tmp_path):
+    torch.manual_seed(0)
+    features = timm.create_model("cas_vit_xs", features_only=True, feature_cls=feature_cls)
+    model = create(saved(tmp_path, features.state_dict()), features_only=True)
+    values = zip(model.state_dict().values(), features.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in values)
+
+
+def test_a_file_for_other_image_channels_names_the_argument(tmp_path):
+    path = saved(tmp_path, timm.create_model("cas_vit_xs", in_chans=1).state_dict())
+    with pytest.raises(ValueError, match="in_chans=1"):
+        create(path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "does not exist"), (b"", "can be read"), (b"PK\x03\x04x", "can be read")],
+    ids=["missing", "empty", "truncated"],
+)
+def test_files_that_are_no_checkpoints_are_named(content, message, tmp_path):
+    path = tmp_path / "weights.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"weights.pth.*{message}"):
+        create(path)
+
+
+def test_a_file_that_holds_a_list_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds a list"):
+        create(saved(tmp_path, [1, 2]))
+
+
 def test_a_checkpoint_without_weights_is_refused():
     with pytest.raises(ValueError, match="no weights found .*epoch"):
-        unwrap_checkpoint({"epoch": 3, "meta": {}})
+        unwrap_nesting({"epoch": 3, "meta": {}})
 
 
 def test_two_entries_of_one_name_are_refused():
@@ -203,6 +275,38 @@ def test_dense_backbone_loads_official_files_with_their_output_norms(how, tmp_pa
         mean, var = (official[f"norm{2 * i}.running_{k}"][:, None, None] for k in ("mean", "var"))
         by_hand = (e - mean) / (var + 1e-5).sqrt() * norm["weight"] + norm["bias"]
         assert relative_error(m, by_hand) < 1e-5
+
+
+def test_dense_backbone_loads_its_own_detector_with_output_norms(tmp_path, caplog):
+    arguments = dict(type="DenseBackbone", model_name="cas_vit_xs", out_norms=True)
+    torch.manual_seed(0)
+    backbone = MODELS.build(arguments)
+    for parameter in backbone.parameters():
+        parameter.data.add_(0.1)
+    state = {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
+    state["neck.conv.weight"] = torch.zeros(3, 3)
+    path = str(saved(tmp_path, {"state_dict": state, "meta": {}}))
+    with caplog.at_level(logging.INFO, "densezoo"):
+        again = MODELS.build(arguments | dict(pretrained=path))
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    assert "20 of 20 entries of out_norms loaded" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_dense_backbone_loads_its_own_detector_of_timm_models(name, tmp_path):
+    backbone = MODELS.build(dict(type="DenseBackbone", model_name=name))
+    state = {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
+    path = str(saved(tmp_path, {"state_dict": state}))
+    again = MODELS.build(dict(type="DenseBackbone", model_name=name, pretrained=path))
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_dense_backbone_refuses_a_foreign_checkpoint_for_timm_models(tmp_path, official):
+    path = str(saved(tmp_path, official))
+    with pytest.raises(ValueError, match="not one of test_resnet"):
+        MODELS.build(dict(type="DenseBackbone", model_name="test_resnet", pretrained=path))
 
 
 def test_dense_backbone_refuses_a_foreign_checkpoint(tmp_path):

@@ -6,9 +6,8 @@ import math
 import pytest
 import timm
 import torch
-from conftest import variants_of_families
 from mmengine.registry import MODELS
-from oracles import relative_error
+from oracles import relative_error, variants_of_families
 from timm.models._manipulate import group_parameters
 
 from densezoo.backbones.base import FEATURE_CLASSES
@@ -183,11 +182,53 @@ def test_checkpointing_changes_neither_output_nor_gradient_nor_statistics(name):
 
 
 @every_name
+def test_the_layout_of_outputs_follows_the_image(name):
+    model = timm.create_model(name).eval()
+    x = image(64, 96)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for contiguous in (x, image(64, 192)[..., ::2]):
+                final, maps = model.forward_intermediates(contiguous)
+                assert all(m.is_contiguous() for m in [final, *maps])
+                assert model.forward_features(contiguous).is_contiguous()
+            last = x.to(memory_format=torch.channels_last)
+            maps = model.forward_intermediates(last, intermediates_only=True)
+            assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+
+
+@every_name
+def test_inference_changes_neither_the_image_nor_what_hooks_saw(name):
+    model = timm.create_model(name).eval()
+    x, seen = image(64, 96), []
+    before = x.clone()
+
+    def hook(module, inputs, output):
+        seen.append((output, output.clone()))
+
+    for module in model.modules():
+        if type(module).__module__.startswith("densezoo") and not list(module.children()):
+            module.register_forward_hook(hook)
+    with torch.no_grad():
+        model(x)
+    assert torch.equal(x, before)
+    assert seen and all(torch.equal(output, copy) for output, copy in seen)
+
+
+@every_name
+def test_it_vectorises_over_images(name):
+    model = timm.create_model(name).eval()
+    x = image(32, 64, batch=3)
+    with torch.no_grad():
+        mapped = torch.vmap(lambda one: model(one[None])[0])(x)
+        assert relative_error(mapped, model(x)) < 1e-5
+
+
+@every_name
 def test_images_of_a_batch_do_not_affect_each_other(name):
     model = timm.create_model(name).eval()
     x = image(97, 131, batch=2)
     with torch.no_grad():
-        assert relative_error(model(x)[1:], model(x[1:])) < 1e-4
+        assert relative_error(model(x)[1:], model(x[1:])) < 1e-5
 
 
 @every_name
@@ -207,8 +248,9 @@ def test_fusing_folds_every_norm_and_keeps_the_output(name, feature_cls, settle)
         assert relative_error(a, b) < 1e-5
     with torch.no_grad():  # once more changes nothing
         again = model.fuse()(x)
-    for a, b in zip(as_list(again), as_list(after), strict=True) if feature_cls else []:
-        assert torch.equal(a, b)
+    if not feature_cls:
+        again, after = [again], [after]
+    assert all(torch.equal(a, b) for a, b in zip(as_list(again), as_list(after), strict=True))
 
 
 @every_name

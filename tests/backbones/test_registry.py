@@ -39,7 +39,7 @@ def test_importing_overwrites_no_name_of_timm_and_warns_of_nothing():
     script = """
 import warnings
 from timm.models import _registry as r
-warnings.simplefilter("error")
+warnings.simplefilter("error", UserWarning)
 before = {n: (r._model_entrypoints[n], r._model_default_cfgs.get(n)) for n in r._model_entrypoints}
 import densezoo
 assert all(r._model_entrypoints[n] is f and r._model_default_cfgs.get(n) is c
@@ -62,7 +62,7 @@ class Theirs(timm.models.ResNet): pass
 def cas_vit_xs(pretrained=False, **kwargs):
     return Theirs(timm.models.resnet.BasicBlock, (1, 1, 1, 1))
 cas_vit_xs.__module__ = "theirs"
-import warnings; warnings.simplefilter("error")
+import warnings; warnings.simplefilter("error", UserWarning)
 register_model(cas_vit_xs)
 import densezoo
 assert isinstance(timm.create_model("cas_vit_xs"), Theirs)
@@ -117,6 +117,68 @@ def test_dense_backbone_takes_models_of_timm():
     assert [m.shape[1] for m in swin(torch.zeros(1, 3, 224, 224))] == [96, 192, 384, 768]
     with pytest.raises(ValueError, match="timm's"):
         swin.fuse()
+
+
+@pytest.mark.parametrize("name, indices", [("test_resnet", (4, -3)), ("test_convnext", (3, 1))])
+def test_dense_backbone_keeps_the_order_of_stages_on_models_of_timm(name, indices):
+    backbone = MODELS.build(
+        dict(type="DenseBackbone", model_name=name, out_indices=indices, out_norms="layer_norm")
+    )
+    maps = backbone.eval()(torch.zeros(1, 3, 64, 96))
+    assert [m.shape[1] for m in maps] == backbone.out_channels
+    assert [64 // m.shape[2] for m in maps] == backbone.out_strides == [32, 8]
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "test_convnext", "swin_tiny_patch4_window7_224"]
+)
+def test_frozen_stages_of_timm_models_hold_norms_with_children_and_bare_parameters(name):
+    backbone = MODELS.build(dict(type="DenseBackbone", model_name=name, frozen_stages=1)).train()
+    level = next(i["module"] for i in backbone.model.feature_info.info if i["reduction"] >= 4)
+    names = [n for n, _ in backbone.model.named_parameters()]
+    stage = [n for n in names if n.startswith((f"{level}.", level.replace(".", "_", 1) + "."))]
+    end = names.index(stage[-1]) + 1
+    free = [n for n, p in backbone.model.named_parameters() if p.requires_grad]
+    assert free == names[end:] and 0 < end < len(names)
+    for module_name, module in backbone.model.named_modules():
+        own = [n for n in names if n.startswith(f"{module_name}.")]
+        if module_name and own and set(own) <= set(names[:end]):
+            assert not module.training, module_name
+
+
+def test_frozen_norms_stay_frozen_when_they_become_synchronised():
+    backbone = MODELS.build(dict(type="DenseBackbone", model_name="cas_vit_xs", frozen_stages=2))
+    backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone).train()
+    stem, stages = backbone.model.model.stem, backbone.model.model.stages
+    assert isinstance(stem.conv1.norm, torch.nn.SyncBatchNorm)
+    assert not stem.conv1.norm.training and not stages[1].blocks[0].norm1.training
+    assert stages[2].blocks[0].norm1.training
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(drop_path_rate=1.5), "drop_path_rate is 1.5"),
+        (dict(in_chans=0), "in_chans is 0"),
+        (dict(depths=(2, 2, 4)), r"depths is \(2, 2, 4\): four"),
+        (dict(dims=(8, 8, 0, 8)), "dims is"),
+        (dict(num_classes=-1), "num_classes is -1"),
+        (dict(global_pool="best"), "global_pool is 'best'"),
+        (dict(global_pool=""), "needs a global_pool"),
+    ],
+    ids=str,
+)
+def test_bad_constructor_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("cas_vit_xs", **arguments)
+
+
+@pytest.mark.parametrize("name", ["FX", "Hook", timm.models.FeatureListNet], ids=str)
+def test_feature_classes_are_found_as_timm_finds_them(name):
+    model = timm.create_model(
+        "cas_vit_xs", features_only=True, feature_cls=name, out_indices=(2, 0)
+    )
+    assert [m.shape[1] for m in model.eval()(torch.zeros(1, 3, 32, 32))] == [112, 48]
 
 
 @pytest.mark.parametrize(

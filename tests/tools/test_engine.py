@@ -16,8 +16,9 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import densezoo  # noqa: F401
+from densezoo.backbones.checkpoints import read_checkpoint
 from densezoo.tools.engine import TopKAccuracy, timm_dataset
-from densezoo.tools.engine.checks import check_checkpoint, read_checkpoint
+from densezoo.tools.engine.checks import check_checkpoint
 from densezoo.tools.engine.config_files import apply_options, find_config, load_config
 from densezoo.tools.engine.cpu import CpuAmpOptimWrapper
 from densezoo.tools.engine.image_data import fit_stream_loaders

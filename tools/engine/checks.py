@@ -5,15 +5,10 @@ Each raises a ValueError or an OSError of one line that says what to change.
 
 from __future__ import annotations
 
-import pickle
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from mmengine.logging import HistoryBuffer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config_files import walk_dicts
@@ -108,7 +103,8 @@ def check_work_dir(work_dir: Path, resume: bool) -> None:
     if not resume and (any(work_dir.glob("*.pth")) or (work_dir / "last_checkpoint").exists()):
         raise FileExistsError(
             f"work dir {str(work_dir)!r} holds checkpoints of an earlier run, which this one would "
-            "overwrite; continue it with --resume, or give another --work-dir"
+            "overwrite; continue it with --resume (--resume CHECKPOINT where last_checkpoint is "
+            "gone), or give another --work-dir"
         )
 
 
@@ -122,52 +118,6 @@ def find_last_checkpoint(work_dir: Path) -> Path | None:
         return None
     path = Path(record.read_text().strip())
     return path if path.is_file() else work_dir / path.name
-
-
-def _history_method(owner: type, name: str) -> Callable:
-    """Stand in for getattr, which a Runner's checkpoint calls on the class of histories alone."""
-    if owner is not HistoryBuffer or name.startswith("_"):
-        raise pickle.UnpicklingError(f"it asks for {name} of {owner}")
-    return getattr(HistoryBuffer, name)
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint of the Runner, executing nothing that the file might contain.
-
-    Returns:
-        The checkpoint; its weights stay on disk until they are used.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is no checkpoint, or holds objects other than tensors and numbers.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    # The histories of logged values in a Runner's checkpoint are numpy arrays and methods.
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    allowed = [
-        HistoryBuffer,
-        (_history_method, "builtins.getattr"),
-        np.dtype,
-        np.ndarray,
-        multiarray._reconstruct,
-        multiarray.scalar,
-        *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint32", "bool")),
-    ]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is not a checkpoint that can be read safely (is it truncated, or does "
-            "it hold more than weights, numbers and the Runner's logs?)"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}, not a checkpoint")
-    return checkpoint
 
 
 def check_checkpoint(

@@ -10,9 +10,8 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-from ...backbones.registry import check_model_name
-
-_SEED = 0x64656E73657A6F6F
+from ...backbones.checkpoints import read_checkpoint
+from ...backbones.registry import check_model_name, create_with_weights
 
 
 def build_loss(loss: dict) -> nn.Module:
@@ -127,32 +126,14 @@ class ImageClassifier(BaseModel):
 
     def load_backbone(self, checkpoint: str) -> None:
         """Load a checkpoint of the bare backbone through timm's own path, key mapping included."""
-        overlay = {"file": checkpoint, "url": "", "hf_hub_id": None}
         try:
-            # With one seed, that no file was made with, the two differ in what the file held: timm
-            # loads nothing without a word where no name fits.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_SEED)
-                fresh = timm.create_model(self.model_name, **self.create_args)
-                torch.manual_seed(_SEED)
-                source = timm.create_model(
-                    self.model_name,
-                    pretrained=True,
-                    pretrained_cfg_overlay=overlay,
-                    **self.create_args,
-                )
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(
-                f"{checkpoint} does not hold weights of {self.model_name}: "
-                f"{' '.join(str(error).split())[:300]}"
-            ) from error
-        pairs = zip(fresh.parameters(), source.parameters(), strict=True)
-        changed = [not torch.equal(one, two) for one, two in pairs if one.ndim > 1]
-        if 2 * sum(changed) < len(changed):
-            raise ValueError(
-                f"{checkpoint} does not hold weights of {self.model_name}: {sum(changed)} of "
-                f"{len(changed)} matrices and kernels are in it"
+            source = create_with_weights(
+                self.model_name, read_checkpoint(checkpoint), self.create_args
             )
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint} does not hold weights of {self.model_name}: {error}"
+            ) from error
         self.backbone.load_state_dict(source.state_dict())
 
     def forward(

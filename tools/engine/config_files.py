@@ -98,7 +98,7 @@ def apply_options(cfg: Config, cfg_options: Sequence[str]) -> None:
             raise ValueError(f"--cfg-options takes KEY=VALUE, got {option!r}")
         first = key.split(".")[0]
         if first not in known:
-            near = difflib.get_close_matches(first, known, n=3)
+            near = difflib.get_close_matches(first, set(known), n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(cfg.keys())}"
             raise ValueError(f"--cfg-options {option}: the config has no {first!r}; {hint}")
     if not cfg_options:

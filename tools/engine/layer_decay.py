@@ -108,7 +108,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             undecayed = {id(parameter) for parameter in module.parameters() if parameter.ndim <= 1}
             no_weight_decay = getattr(classifier, "no_weight_decay", tuple)()
             for name, parameter in backbone.named_parameters():
-                if any(fnmatch(f".{name}", f"*.{pattern}") for pattern in no_weight_decay):
+                dotted = f".{_dotted(name)}"
+                if any(fnmatch(dotted, f"*.{_dotted(pattern)}") for pattern in no_weight_decay):
                     undecayed.add(id(parameter))
 
         single: list[dict] = []
