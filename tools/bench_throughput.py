@@ -573,3 +573,9 @@ def _command(args: argparse.Namespace) -> str:
     for name in ("channels_last", "compile", "train", "fuse", "features_only"):
         words += [f"--{name.replace('_', '-')}"] if getattr(args, name) else []
     return shlex.join([*words, *(["--vs", *args.vs] if args.vs else [])])
+
+
+if __name__ == "__main__":
+    from .cli import run_module
+
+    run_module("bench")

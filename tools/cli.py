@@ -72,5 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def run_module(command: str) -> None:
+    """Run ``python -m densezoo.tools.MODULE`` as the sub-command of that module."""
+    sys.exit(main([command, *sys.argv[1:]]))
+
+
 if __name__ == "__main__":
     sys.exit(main())

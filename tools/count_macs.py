@@ -366,3 +366,9 @@ def format_report(report: MacsReport) -> str:
             f"not counted: {left or 'nothing'}",
         ]
     )
+
+
+if __name__ == "__main__":
+    from .cli import run_module
+
+    run_module("macs")

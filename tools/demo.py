@@ -610,3 +610,9 @@ def _read_share(line: str, step: Step) -> float:
         return 0.0
     epoch, done, total = (int(number or 1) for number in found.groups())
     return (epoch - 1 + done / total) / step.epochs
+
+
+if __name__ == "__main__":
+    from .cli import run_module
+
+    run_module("demo")

@@ -395,3 +395,9 @@ def _write_json(path: Path, content: dict) -> None:
     """Write JSON, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content) + "\n")
+
+
+if __name__ == "__main__":
+    from .cli import run_module
+
+    run_module("data")

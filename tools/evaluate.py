@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from ..backbones.checkpoints import read_checkpoint
     from .engine import checks
     from .engine.config_files import find_config, load_config, require_keys
-    from .engine.runs import build_runner
+    from .engine.runs import build_runner, run_loop
 
     cfg = load_config(args.config, args.cfg_options)
     require_keys(cfg, ("model", "test_dataloader", "test_evaluator"), "test")
@@ -59,6 +59,12 @@ def run(args: argparse.Namespace) -> None:
         getattr(runner.model, "module", runner.model).load_backbone(args.checkpoint)
     else:
         checks.check_checkpoint(runner.model, checkpoint, args.checkpoint)
-    metrics = runner.test()
+    metrics = run_loop(runner.test)
     if out:
         out.write_text(json.dumps(metrics, indent=1, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    from .cli import run_module
+
+    run_module("test")

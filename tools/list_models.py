@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 
 import timm
 
-from ..backbones.registry import BACKBONES, Published, list_backbones
+from ..backbones.registry import BACKBONES, Published
 from .tables import format_table
 
 EXAMPLE = "densezoo list --filter 'cas_vit_*'"
@@ -34,7 +34,7 @@ NOTES = (
 
 
 def select_models(pattern: str | None = None) -> list[str]:
-    """List the zoo's names that match `pattern`, all without one.
+    """List the zoo's names that match `pattern`, all without one, family by family.
 
     Args:
         pattern: shell-style, as in "cas_vit_*"; one without wildcards matches anywhere in a name.
@@ -43,9 +43,9 @@ def select_models(pattern: str | None = None) -> list[str]:
         ValueError: nothing matches.
     """
     if pattern is None:
-        return list_backbones()
+        return list(BACKBONES)
     wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    names = [name for name in list_backbones() if fnmatch(name, wanted)]
+    names = [name for name in BACKBONES if fnmatch(name, wanted)]
     if not names:
         raise ValueError(f"no model of the zoo matches {pattern!r}; `densezoo list` prints all")
     return names
@@ -94,3 +94,9 @@ def run(args: argparse.Namespace) -> None:
         pages.setdefault(BACKBONES[name].weights.page, []).append(name)
     for page, members in pages.items():
         print(f"weights of {', '.join(members)}: {page}")
+
+
+if __name__ == "__main__":
+    from .cli import run_module
+
+    run_module("list")

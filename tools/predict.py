@@ -456,3 +456,9 @@ def _readable_on(colour: tuple[int, int, int]) -> str:
     """Return the colour of text that can be read on a colour."""
     red, green, blue = colour
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else "white"
+
+
+if __name__ == "__main__":
+    from .cli import run_module
+
+    run_module("predict")

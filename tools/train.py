@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from ..backbones.checkpoints import read_checkpoint
     from .engine import checks
     from .engine.config_files import find_config, load_config, require_keys, walk_dicts
-    from .engine.runs import build_runner
+    from .engine.runs import build_runner, run_loop
 
     cfg = load_config(args.config, args.cfg_options)
     name = find_config(args.config).stem
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         checks.check_checkpoint(
             runner.model, checkpoint, cfg.load_from, is_whole=resume_from is not None
         )
-    runner.train()
+    run_loop(runner.train)
     print_log(f"Logs and checkpoints are in {work_dir}", runner.logger, logging.INFO)
 
 
@@ -134,3 +134,9 @@ def _enable_amp(cfg: dict) -> None:
         )
     cfg["optim_wrapper"]["type"] = "AmpOptimWrapper"
     cfg["optim_wrapper"].setdefault("loss_scale", "dynamic")
+
+
+if __name__ == "__main__":
+    from .cli import run_module
+
+    run_module("train")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -38,3 +40,16 @@ def build_runner(cfg: Config, task: str) -> Runner:
             )
     check_classes([loop.dataloader.dataset for loop in filter(None, loops)], runner.model)
     return runner
+
+
+def run_loop(loop: Callable[[], object]) -> object:
+    """Run ``runner.train`` or ``runner.test``.
+
+    Raises:
+        RuntimeError: for what the command takes for mistakes in its arguments. Those were checked
+            before, so this one is of the run, and its traceback is wanted.
+    """
+    try:
+        return loop()
+    except (ValueError, OSError, ImportError) as error:
+        raise RuntimeError(f"the run stopped: {error}") from error
