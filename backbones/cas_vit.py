@@ -90,11 +90,17 @@ class AdditiveGates(nn.Module):
         self.channel = nn.Conv2d(2 * dim, 2 * dim, 1, groups=2, bias=False)
 
     def forward(self, qk: torch.Tensor) -> torch.Tensor:
-        gate = self.spatial(F.relu(self.depthwise(qk), inplace=True)).sigmoid()  # (B, 2, H, W)
+        hidden = F.relu(self.depthwise(qk), inplace=True)
+        gate = self.spatial(hidden).sigmoid()  # (B, 2, H, W)
+        pair = qk.unflatten(1, (2, -1))  # (B, 2, C, H, W)
         if prefers_channels_last(qk):
             # The grouped convolution gives a contiguous map, which would turn the product so.
             gate = gate.contiguous(memory_format=torch.channels_last)
-        qk = (qk.unflatten(1, (2, -1)) * gate.unsqueeze(2)).flatten(1, 2)
+            # Nothing needs `hidden` now, and large maps cost more to allocate than to compute.
+            pair = torch.mul(pair, gate.unsqueeze(2), out=hidden.unflatten(1, (2, -1)))
+        else:
+            pair = pair * gate.unsqueeze(2)
+        qk = pair.flatten(1, 2)
         gate = self.channel(qk.mean((2, 3), keepdim=True)).sigmoid()  # (B, 2C, 1, 1)
         (q, k), (gate_q, gate_k) = qk.chunk(2, dim=1), gate.chunk(2, dim=1)
         return torch.addcmul(q * gate_q, k, gate_k)

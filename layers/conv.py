@@ -129,7 +129,9 @@ def _scale_and_shift(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _assign(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
     dtype, requires_grad = conv.weight.dtype, conv.weight.requires_grad
-    conv.weight = nn.Parameter(weight.to(dtype), requires_grad)
+    # The layout that inference wants, or it would be copied at every call.
+    weight = weight.to(dtype, memory_format=torch.channels_last)
+    conv.weight = nn.Parameter(weight, requires_grad)
     conv.bias = nn.Parameter(bias.to(dtype), requires_grad)
 
 

@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ EXAMPLE = "densezoo demo --out demo"
 MARKER = "densezoo-demo.json"
 REPORT = "report.html"
 _NUM_SCENES = 6  # drawn for detection and segmentation
-_DATA_WEIGHT, _START_WEIGHT = 10, 12  # of making the data, and of a command that trains nothing
+_DATA_WEIGHT, _START_WEIGHT = 6, 8  # of making the data, and of a command that trains nothing
 _SPLITS = {"train": "train", "val": "val", "test": "val"}  # of each loader
 # "Epoch(train)  [2][25/98]" and "Iter(train) [ 50/200]" in mmengine's log
 _PROGRESS = re.compile(r"\w+\((?:train|test)\)\s+(?:\[\s*(\d+)\])?\[\s*(\d+)/(\d+)\]")
@@ -333,7 +334,7 @@ def _make_detection(data: str, schedule: Schedule, weights: str) -> Task:
         last_checkpoint=f"epoch_{epochs}.pth",
         figures={"coco/bbox_mAP_50": ("box AP50", 100), "coco/bbox_mAP": ("box AP", 100)},
         aim=40,
-        weight=80 * epochs,
+        weight=35 * epochs,
     )
 
 
@@ -399,7 +400,7 @@ def _make_segmentation(data: str, schedule: Schedule, weights: str) -> Task:
         last_checkpoint=f"iter_{iterations}.pth",
         figures={"mIoU": ("mIoU", 1), "aAcc": ("pixel accuracy", 1)},
         aim=50,
-        weight=0.5 * iterations,
+        weight=0.28 * iterations,
     )
 
 
@@ -538,8 +539,10 @@ def _write_untrained(out_dir: Path, seed: int, tasks: Sequence[Task]) -> None:
             cfg.model.backbone.init_cfg = None
         init_default_scope(cfg.default_scope)
         torch.manual_seed(seed)
-        model = MODELS.build(cfg.model)
-        model.init_weights()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the commands say them again, into their logs
+            model = MODELS.build(cfg.model)
+            model.init_weights()
         paths[task.name].parent.mkdir(exist_ok=True)
         torch.save({"state_dict": model.state_dict()}, paths[task.name])
     logger.setLevel(level)

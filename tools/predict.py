@@ -51,9 +51,16 @@ class Detections:
 
     def above(self, score_thr: float) -> Detections:
         """Return the detections whose score is at least `score_thr`."""
-        keep = self.scores >= score_thr
-        masks = None if self.masks is None else self.masks[keep]
-        return Detections(self.boxes[keep], self.labels[keep], self.scores[keep], masks)
+        return self.take(self.scores >= score_thr)
+
+    def take(self, which: np.ndarray) -> Detections:
+        """Return the detections that an array of indices or of N bools selects."""
+        return Detections(
+            self.boxes[which],
+            self.labels[which],
+            None if self.scores is None else self.scores[which],
+            None if self.masks is None else self.masks[which],
+        )
 
 
 @dataclass
@@ -359,7 +366,9 @@ def _draw_detections(
     classes: Sequence[str],
     palette: Sequence[tuple[int, int, int]],
 ) -> Image.Image:
-    """Draw masks, boxes and their tags."""
+    """Draw masks, boxes and their tags, the surest on top."""
+    if found.scores is not None:
+        found = found.take(np.argsort(found.scores, kind="stable"))
     for mask, label in zip(() if found.masks is None else found.masks, found.labels, strict=False):
         opacity = Image.fromarray(mask.astype(np.uint8) * 115).resize(canvas.size, _NEAREST)
         canvas.paste(palette[label], (0, 0), opacity)

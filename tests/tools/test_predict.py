@@ -167,6 +167,15 @@ def test_boxes_are_drawn_at_their_place_with_their_class_colour():
     assert not drawn[262:].any() and not drawn[:, :100].any()
 
 
+def test_the_surest_of_equal_boxes_is_on_top():
+    image = Image.new("RGB", (400, 400), "black")
+    boxes = np.array([[100.0, 200.0, 180.0, 260.0]] * 2)
+    for scores in ([0.9, 0.4], [0.4, 0.9]):
+        found = predict.Detections(boxes, np.array([0, 1]), np.array(scores))
+        drawn = np.asarray(predict.draw(image, found, ["a", "b"], [(255, 0, 0), (0, 255, 0)]))
+        assert drawn[230, 100].tolist() == ([255, 0, 0] if scores[0] > 0.5 else [0, 255, 0])
+
+
 def test_masks_of_instances_are_tinted():
     image = Image.new("RGB", (400, 400), "black")
     mask = np.zeros((1, 400, 400), bool)
