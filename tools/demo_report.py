@@ -89,20 +89,24 @@ def read_curves(work_dir: Path, metric: str, name: str, factor: float) -> list[C
         name: What the figure is called.
         factor: Multiplies the figure.
     """
-    loss = Curve("training loss", "iteration", [], [])
-    held_out = Curve(f"held-out {name}, %", "iteration", [], [])
+    losses: dict[int, float] = {}
+    measured: dict[int, float] = {}
+    unit = "iteration"
     for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
         for line in path.read_text().splitlines():
             entry = json.loads(line)
+            # A resumed run repeats what its predecessor did after its last checkpoint.
             if "loss" in entry:
-                loss.x.append(entry["step"])
-                loss.y.append(entry["loss"])
-                if "epoch" in entry:
-                    held_out.unit = "epoch"
+                losses[entry["step"]] = entry["loss"]
+                unit = "epoch" if "epoch" in entry else "iteration"
             elif metric in entry:
-                held_out.x.append(entry["step"])
-                held_out.y.append(factor * entry[metric])
-    return [loss, held_out]
+                measured[entry["step"]] = factor * entry[metric]
+    return [
+        Curve("training loss", "iteration", sorted(losses), [losses[x] for x in sorted(losses)]),
+        Curve(
+            f"held-out {name}, %", unit, sorted(measured), [measured[x] for x in sorted(measured)]
+        ),
+    ]
 
 
 def pair_pictures(
