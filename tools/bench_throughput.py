@@ -429,7 +429,9 @@ def _commit() -> str:
     commit = _run_quietly(*git, "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return ""
-    return commit + ("+changes" if _run_quietly(*git, "status", "--porcelain") else "")
+    # Of tracked files: the CSV that is being written is none yet.
+    changes = _run_quietly(*git, "status", "--porcelain", "--untracked-files=no")
+    return commit + ("+changes" if changes else "")
 
 
 def format_rows(rows: Sequence[dict[str, Any]], setup: Setup) -> str:
