@@ -161,7 +161,8 @@ def timm_dataset(
             f"the number of samples of root={root!r}, split={split!r} is not known: add it as "
             '"SPLIT|NUMBER", as num_samples=NUMBER, or write an _info.json beside the shards'
         )
-    images.set_loader_cfg(num_workers=num_workers)
+    # Without workers the loading process is the one worker that there is.
+    images.set_loader_cfg(num_workers=max(1, num_workers))
     return TimmStream(images, class_names)
 
 
