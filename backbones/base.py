@@ -407,10 +407,12 @@ def to_fast_format(x: torch.Tensor) -> torch.Tensor:
 @register_notrace_function
 def in_format_of(image: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Make the map `x` contiguous unless the image is channels last and nothing else."""
-    # Without functorch's transforms, which cannot tell the memory format.
-    if not image.is_contiguous() and torch._C._functorch.peek_interpreter_stack() is None:
-        if image.is_contiguous(memory_format=torch.channels_last):
-            return x
+    if image.is_contiguous():
+        return x.contiguous()
+    # functorch's transforms (vmap) cannot tell the memory format.
+    is_plain = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+    if is_plain and image.is_contiguous(memory_format=torch.channels_last):
+        return x
     return x.contiguous()
 
 

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+import densezoo  # noqa: F401  offers mmcv._ext before a test imports mmcv.ops
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; more threads than cores cost several times the time. Tests'
     # subprocesses inherit the variable.

@@ -197,6 +197,16 @@ def test_the_layout_of_outputs_follows_the_image(name):
 
 
 @every_name
+def test_it_compiles_whole_for_either_layout_of_the_image(name):
+    model = timm.create_model(name).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = image(33, 65).to(memory_format=layout)
+        with torch.no_grad():
+            assert relative_error(compiled(x), model(x)) < 1e-5
+
+
+@every_name
 def test_inference_changes_neither_the_image_nor_what_hooks_saw(name):
     model = timm.create_model(name).eval()
     x, seen = image(64, 96), []

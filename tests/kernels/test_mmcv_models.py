@@ -3,26 +3,22 @@
 import copy
 from pathlib import Path
 
+import mmcv.ops.multi_scale_deform_attn as deform_attn
+import mmdet.utils
+import mmseg.utils
 import numpy as np
 import pytest
 import torch
+from mmdet.models.losses import focal_loss
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData, PixelData
+from mmseg.structures import SegDataSample
 
 from densezoo.kernels import mmcv_ops
-
-for library in ("mmdet", "mmseg"):
-    pytest.importorskip(library)
-
-import mmcv.ops.multi_scale_deform_attn as deform_attn  # noqa: E402
-import mmdet.utils  # noqa: E402
-import mmseg.utils  # noqa: E402
-from mmdet.models.losses import focal_loss  # noqa: E402
-from mmdet.structures import DetDataSample  # noqa: E402
-from mmdet.structures.mask import BitmapMasks  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.optim import OptimWrapper  # noqa: E402
-from mmengine.registry import DefaultScope  # noqa: E402
-from mmengine.structures import InstanceData, PixelData  # noqa: E402
-from mmseg.structures import SegDataSample  # noqa: E402
 
 HEIGHT, WIDTH = 64, 96
 NUM_CLASSES = 3

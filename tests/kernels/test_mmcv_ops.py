@@ -10,10 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from mmcv import ops
 
 from densezoo.kernels import mmcv_ops
-
-ops = pytest.importorskip("mmcv.ops")
 
 LOW_PRECISION = [torch.float16, torch.bfloat16]
 

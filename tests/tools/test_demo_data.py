@@ -25,8 +25,9 @@ def read_annotations(data, split):
 
 
 def load_coco(data, split):
-    coco = pytest.importorskip("pycocotools.coco")
-    return coco.COCO(str(data / "annotations" / f"instances_{split}.json"))
+    from pycocotools.coco import COCO
+
+    return COCO(str(data / "annotations" / f"instances_{split}.json"))
 
 
 def read_files(folder):
@@ -137,7 +138,6 @@ def test_timm_reads_the_class_folders(data):
 
 
 def test_mmdet_reads_boxes_and_masks(data):
-    pytest.importorskip("mmdet")
     from mmdet.datasets import CocoDataset
     from mmdet.utils import register_all_modules
 
@@ -164,7 +164,6 @@ def test_mmdet_reads_boxes_and_masks(data):
 
 
 def test_mmseg_reads_the_masks(data):
-    pytest.importorskip("mmseg")
     from mmseg.datasets import BaseSegDataset
     from mmseg.utils import register_all_modules
 
