@@ -20,13 +20,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import absolute_indices
 from .checkpoints import map_keys, read_checkpoint, strip_prefixes, unwrap_nesting
-from .registry import BACKBONES, check_model_name, create_with_weights, register_in_mmengine
+from .registry import (
+    check_model_name,
+    create_with_weights,
+    find_backbone,
+    register_in_mmengine,
+)
 
 _logger = logging.getLogger(__name__)
 
 _OUT_NORMS = {"batch_norm": nn.BatchNorm2d, "layer_norm": LayerNorm2d}
 
 
+@register_in_mmengine(MODELS)
 class DenseBackbone(BaseModule):
     """A timm model as the backbone of a detector or segmenter: image batch to stage maps.
 
@@ -116,7 +122,7 @@ class DenseBackbone(BaseModule):
         """One norm a returned map, under the stage's index."""
         name = out_norms
         if out_norms is True:
-            registered = BACKBONES.get(self.model_name.split(".")[0])
+            registered = find_backbone(self.model_name)
             name = registered.cls.dense_norm if registered else None
         if not name:
             if out_norms is True:
@@ -199,7 +205,7 @@ class DenseBackbone(BaseModule):
         else:
             checkpoint = read_checkpoint(path)
         state = strip_prefixes(unwrap_nesting(checkpoint))
-        registered = BACKBONES.get(self.model_name.split(".")[0])
+        registered = find_backbone(self.model_name)
         norms = {}
         for name in list(state):
             for rules in ((), *(registered.key_rules.values() if registered else ())):
@@ -249,6 +255,3 @@ class DenseBackbone(BaseModule):
             raise ValueError(f"fuse() works on models of densezoo; {self.model_name} is timm's")
         self.model.fuse()
         return self
-
-
-register_in_mmengine(MODELS, [DenseBackbone])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -17,6 +18,7 @@ from timm.models import (
     generate_default_cfgs,
     is_model,
     list_models,
+    model_entrypoint,
     register_model,
 )
 from timm.models._features import FeatureDictNet, FeatureHookNet
@@ -24,6 +26,7 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import get_pretrained_cfg
 from torch import nn
 
+from .aliases import ALIASES
 from .base import FEATURE_CLASSES, HierarchicalBackbone, absolute_indices
 from .checkpoints import (
     KeyRules,
@@ -37,6 +40,8 @@ from .checkpoints import (
 _logger = logging.getLogger(__name__)
 
 _SEED = 0x64656E73657A6F6F
+
+Part = TypeVar("Part", bound=Callable)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,14 @@ def list_backbones() -> list[str]:
     return sorted(BACKBONES)
 
 
+def find_backbone(name: str) -> Registered | None:
+    """Find a model of the zoo by its name or an alias, with a tag or without; None if it is not."""
+    base = name.split(".")[0]
+    if _is_foreign(base):
+        return None
+    return BACKBONES.get(ALIASES.get(base, base))
+
+
 def check_model_name(name: str) -> None:
     """Raise a ValueError that suggests near names unless timm knows the model `name`."""
     base = name.split(".")[0]
@@ -157,7 +170,10 @@ def register_backbones(
     weights: Mapping[str, Weights],
     key_rules: Mapping[str, KeyRules],
 ) -> None:
-    """Register a family's variants in timm. A name that timm has already is left to timm.
+    """Register a family's variants in timm, and the official names that `ALIASES` has for them.
+
+    A name that timm, or another package, has already is left to it. Registering once more, as a
+    module that is loaded anew does, replaces what the module registered before.
 
     Args:
         module_name: `__name__` of the family's module, which gets an entry point a variant.
@@ -171,20 +187,39 @@ def register_backbones(
         {name: weights[name].pretrained_cfg() for name in variants}
     )
     for name, arguments in variants.items():
-        if is_model(name):
+        if _is_foreign(name):
             _logger.info("timm has a model %s of its own, which is left in place", name)
+            BACKBONES.pop(name, None)
             continue
         BACKBONES[name] = Registered(name, cls, arguments, weights[name], key_rules)
-        entry = _make_entry_point(BACKBONES[name], module_name)
-        setattr(module, name, entry)
+        for alias in (name, *(a for a, target in ALIASES.items() if target == name)):
+            if not _is_foreign(alias):
+                entry = _make_entry_point(BACKBONES[name], alias, module_name)
+                setattr(module, alias, entry)
+                _register_in_timm(entry)
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether timm has a model `name` that is not of the zoo."""
+    package = __name__.rpartition(".")[0]
+    return is_model(name) and not model_entrypoint(name).__module__.startswith(f"{package}.")
+
+
+def _register_in_timm(entry: Callable[..., nn.Module]) -> None:
+    """Register an entry point, or put it in the place of an earlier one of the zoo."""
+    with warnings.catch_warnings():
+        # Only a name of ours can be overwritten here.
+        warnings.filterwarnings("ignore", f"Overwriting {entry.__name__} in registry")
         register_model(entry)
 
 
-def _make_entry_point(registered: Registered, module_name: str) -> Callable[..., nn.Module]:
+def _make_entry_point(
+    registered: Registered, name: str, module_name: str
+) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _build(registered, pretrained, **kwargs)
 
-    entry.__name__ = entry.__qualname__ = registered.name
+    entry.__name__ = entry.__qualname__ = name
     entry.__module__ = module_name
     entry.__doc__ = f"{registered.cls.__name__} {dict(registered.arguments)}."
     return entry
@@ -311,8 +346,7 @@ def create_with_weights(
     Raises:
         ValueError: the checkpoint is of another model.
     """
-    base = model_name.split(".")[0]
-    if base in BACKBONES:
+    if find_backbone(model_name):
         overlay = dict(state_dict=dict(checkpoint))
         return timm.create_model(
             model_name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
@@ -354,8 +388,22 @@ def create_with_weights(
     return model
 
 
-def register_in_mmengine(registry: Any, classes: Sequence[type]) -> None:
-    """Register classes in one of mmengine's root registries, once, by their names."""
-    for cls in classes:
-        if registry.get(cls.__name__) is None:
-            registry.register_module(module=cls)
+def register_in_mmengine(registry: Any, name: str | None = None) -> Callable[[Part], Part]:
+    """Make a decorator that registers a class or a function in a registry of mmengine.
+
+    Args:
+        registry: one of mmengine's root registries.
+        name: the name in configs; that of the class when None.
+
+    Raises:
+        KeyError: another package has registered the name. What densezoo itself registered, in a
+            module that is loaded anew, is replaced.
+    """
+
+    def register(part: Part) -> Part:
+        known = registry.module_dict.get(name or part.__name__)
+        is_ours = known is not None and known.__module__.startswith("densezoo.")
+        registry.register_module(name=name, module=part, force=is_ours)
+        return part
+
+    return register

@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .._version import __version__
-from ..backbones.registry import BACKBONES
+from ..backbones.registry import find_backbone
 from .count_macs import build_model, check_size, count_macs, first_line, input_size
 from .tables import format_table
 
@@ -140,13 +140,13 @@ def list_subjects(
     Raises:
         ValueError: a name is unknown, or `fuse` finds no model that can be fused.
     """
-    if fuse and not any(name.split(".")[0] in BACKBONES for name in names):
+    if fuse and not any(find_backbone(name) for name in names):
         raise ValueError(f"--fuse takes models of densezoo; {', '.join(names)}: none of them is")
     subjects = []
     for name in names:
         input_size(name)
         subjects.append(Subject(name))
-        if fuse and name.split(".")[0] in BACKBONES:
+        if fuse and find_backbone(name):
             subjects.append(Subject(name, fused=True))
     for peer in peers:
         prefix, _, name = peer.partition(":")

@@ -21,7 +21,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from ..backbones.registry import BACKBONES, Published, check_model_name
+from ..backbones.registry import Published, check_model_name, find_backbone
 from .tables import format_table
 
 EXAMPLE = "densezoo macs cas_vit_xs --size 512 672"
@@ -223,8 +223,9 @@ def count_macs(
         in_chans = 3 if in_chans is None else in_chans
         if in_chans < 1:
             raise ValueError(f"in_chans is {in_chans}: at least 1 is taken")
-        if name.split(".")[0] in BACKBONES and size == own_size and in_chans == 3:
-            published = BACKBONES[name.split(".")[0]].weights.published
+        registered = find_backbone(name)
+        if registered and size == own_size and in_chans == 3:
+            published = registered.weights.published
         model = build_model(name, size, in_chans=in_chans)
     else:
         name = type(model).__name__

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 
 import timm
 
+from ..backbones.aliases import ALIASES
 from ..backbones.registry import BACKBONES, Published
 from .tables import format_table
 
@@ -94,6 +95,9 @@ def run(args: argparse.Namespace) -> None:
         pages.setdefault(BACKBONES[name].weights.page, []).append(name)
     for page, members in pages.items():
         print(f"weights of {', '.join(members)}: {page}")
+    aliases = [f"{alias} = {name}" for alias, name in ALIASES.items() if name in names]
+    if aliases:
+        print(f"official names, which are taken too: {', '.join(aliases)}")
 
 
 if __name__ == "__main__":

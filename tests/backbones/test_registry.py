@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 from mmengine.registry import MODELS
+from oracles import load_cases, make_checkpoint, make_input
 
 import densezoo
+from densezoo.backbones.aliases import ALIASES
 from densezoo.backbones.registry import BACKBONES
 
 
@@ -45,7 +47,57 @@ import densezoo
 assert all(r._model_entrypoints[n] is f and r._model_default_cfgs.get(n) is c
            for n, (f, c) in before.items())
 new = set(r._model_entrypoints) - set(before)
-assert new == set(densezoo.list_backbones()), new
+assert new == {*densezoo.list_backbones(), *densezoo.backbones.aliases.ALIASES}, new
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == run.stderr == ""
+
+
+@pytest.mark.parametrize("alias, name", ALIASES.items(), ids=str)
+def test_official_names_are_the_same_models(alias, name):
+    assert alias in timm.list_models() and alias not in densezoo.list_backbones()
+    torch.manual_seed(0)
+    model = timm.create_model(alias, num_classes=3).eval()
+    assert model.pretrained_cfg == timm.create_model(name, num_classes=3).pretrained_cfg
+    assert model.pretrained_cfg["architecture"] == name
+    features = timm.create_model(alias, features_only=True, out_indices=(3, 1))
+    assert features.feature_info.reduction() == [32, 8]
+    with pytest.raises(ValueError, match=f"the weights of {name} have no direct link"):
+        timm.create_model(alias, pretrained=True)
+
+
+def test_official_names_work_in_the_dense_backbone_and_load_official_files(tmp_path):
+    case_file, case = next(
+        c for n, c in load_cases().items() if n.startswith("cas_vit_xs-classification")
+    )
+    torch.save(make_checkpoint(case_file, case), tmp_path / "weights.pth")
+    arguments = dict(out_norms=True, pretrained=str(tmp_path / "weights.pth"))
+    backbones = [
+        MODELS.get("DenseBackbone")(name, **arguments).eval() for name in ("rcvit_xs", "cas_vit_xs")
+    ]
+    x = make_input([1, 3, 64, 96])
+    for one, other in zip(*(backbone(x) for backbone in backbones), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_importing_twice_is_harmless():
+    script = """
+import sys, warnings, importlib
+warnings.simplefilter("error", UserWarning)
+import densezoo, timm
+importlib.reload(densezoo)
+importlib.reload(densezoo.backbones.cas_vit)
+for name in [name for name in sys.modules if name.split(".")[0] == "densezoo"]:
+    del sys.modules[name]
+import densezoo
+from mmengine.registry import MODELS
+from densezoo.backbones.cas_vit import CASViT
+assert len(densezoo.list_backbones()) >= 4
+for name in ("cas_vit_xs", "rcvit_xs"):
+    assert isinstance(timm.create_model(name, device="meta"), CASViT)
+dense = MODELS.build(dict(type="DenseBackbone", model_name="rcvit_xs"))
+assert isinstance(dense.model.model, CASViT)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -59,13 +111,15 @@ import timm
 from timm.models import register_model
 module = types.ModuleType("theirs"); sys.modules["theirs"] = module
 class Theirs(timm.models.ResNet): pass
-def cas_vit_xs(pretrained=False, **kwargs):
-    return Theirs(timm.models.resnet.BasicBlock, (1, 1, 1, 1))
-cas_vit_xs.__module__ = "theirs"
 import warnings; warnings.simplefilter("error", UserWarning)
-register_model(cas_vit_xs)
+for name in ("cas_vit_xs", "rcvit_s"):
+    def entry(pretrained=False, **kwargs):
+        return Theirs(timm.models.resnet.BasicBlock, (1, 1, 1, 1))
+    entry.__name__, entry.__module__ = name, "theirs"
+    register_model(entry)
 import densezoo
 assert isinstance(timm.create_model("cas_vit_xs"), Theirs)
+assert isinstance(timm.create_model("rcvit_s"), Theirs)
 assert "cas_vit_xs" not in densezoo.list_backbones()
 assert timm.create_model("cas_vit_s", device="meta").num_features == 256
 """

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
+from ...backbones.registry import register_in_mmengine
 
-@METRICS.register_module()
+
+@register_in_mmengine(METRICS)
 class TopKAccuracy(BaseMetric):
     """Measure the percentage of images whose class is among the k highest scores.
 

@@ -11,7 +11,11 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from ...backbones.checkpoints import read_checkpoint
-from ...backbones.registry import check_model_name, create_with_weights
+from ...backbones.registry import (
+    check_model_name,
+    create_with_weights,
+    register_in_mmengine,
+)
 
 
 def build_loss(loss: dict) -> nn.Module:
@@ -36,7 +40,7 @@ def build_loss(loss: dict) -> nn.Module:
     return types[name](**options)
 
 
-@MODELS.register_module()
+@register_in_mmengine(MODELS)
 class ImageClassifier(BaseModel):
     """Classify images with any model of timm's registry, densezoo's included.
 

@@ -10,8 +10,10 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
+from ...backbones.registry import register_in_mmengine
 
-@OPTIM_WRAPPERS.register_module()
+
+@register_in_mmengine(OPTIM_WRAPPERS)
 class CpuAmpOptimWrapper(OptimWrapper):
     """Train with bfloat16 autocast on the CPU, for which mmengine's AmpOptimWrapper refuses.
 

@@ -12,6 +12,8 @@ from mmengine.registry import DATASETS, HOOKS
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from ...backbones.registry import register_in_mmengine
+
 if TYPE_CHECKING:
     from mmengine.hooks import Hook
 
@@ -88,7 +90,7 @@ def _class_names(reader: object) -> tuple[str, ...]:
     return ()
 
 
-@DATASETS.register_module(name="TimmDataset")
+@register_in_mmengine(DATASETS, "TimmDataset")
 def timm_dataset(
     root: str,
     name: str = "",
@@ -180,7 +182,7 @@ def fit_stream_loaders(cfg: dict) -> None:
             loader["dataset"]["num_workers"] = loader.get("num_workers", 0)
 
 
-@HOOKS.register_module(name="EpochSeedHook")
+@register_in_mmengine(HOOKS, "EpochSeedHook")
 def epoch_seed_hook(**options) -> Hook:
     """Build mmengine's DistSamplerSeedHook, made to tell data sets that iterate the epoch too."""
     # mmengine.hooks imports OpenCV, which `import densezoo` is not to pay for.

@@ -11,6 +11,8 @@ from timm.models import group_parameters
 from torch import nn
 from torch.optim import Optimizer
 
+from ...backbones.registry import register_in_mmengine
+
 
 def _dotted(name: str) -> str:
     """Spell a parameter's name so that timm's flattened ``stages_0`` equals ``stages.0``."""
@@ -55,7 +57,7 @@ def layer_scales(
     return scales
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@register_in_mmengine(OPTIM_WRAPPER_CONSTRUCTORS)
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Build an optimizer whose learning rate falls from the head towards the stem.
 
@@ -130,7 +132,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         params.extend(groups.values())
 
 
-@OPTIMIZERS.register_module(name="TimmOptimizer")
+@register_in_mmengine(OPTIMIZERS, "TimmOptimizer")
 def timm_optimizer(params: list[dict], opt: str, lr: float, **options) -> Optimizer:
     """Build any optimizer of timm by its name, for example ``dict(type="TimmOptimizer",
     opt="lamb", lr=5e-3, weight_decay=0.05)``; `timm.optim.list_optimizers` lists the names.
