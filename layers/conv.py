@@ -116,9 +116,13 @@ class ConvNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(x))
 
-    def fuse(self) -> None:
-        """Fold the norm into the convolution, in place; exact in evaluation mode."""
+    def fuse(self) -> ConvNorm:
+        """Fold the norm into the convolution, in place; exact in evaluation mode.
+
+        Returns itself, as timm's `reparameterize_model` expects of a `fuse`.
+        """
         self.norm = fold_norm_into_previous(self.conv, self.norm)
+        return self
 
 
 def _scale_and_shift(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

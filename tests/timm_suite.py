@@ -1,0 +1,81 @@
+"""timm's own model tests on the models of the zoo.
+
+By hand, from the root of the checkout; further arguments go to pytest:
+
+    python tests/timm_suite.py
+    python tests/timm_suite.py -x -k "cas_vit_xs and backward"
+
+The tests are those of the source distribution of the installed timm, unmodified; pip fetches it
+once into .cache (or TIMM_SDIST names the file). As a plugin of pytest this module makes timm list
+the zoo's models alone, whatever filter a test asks for, and leaves out what is not for them.
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+import timm
+
+import densezoo
+
+CACHE = Path(__file__).parent.parent / ".cache"
+# TorchScript is not promised; the others need files of the hub, or other kinds of models.
+LEFT_OUT = "not torchscript and not pretrained and not inference and not naflex"
+
+
+def fetch_tests() -> Path:
+    """Unpack the source distribution of the installed timm, and return its test_models.py."""
+    tests = CACHE / f"timm-{timm.__version__}" / "tests" / "test_models.py"
+    if not tests.exists():
+        CACHE.mkdir(exist_ok=True)
+        source = os.environ.get("TIMM_SDIST")
+        if not source:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            command += ["--no-binary", "timm", f"timm=={timm.__version__}", "--dest", str(CACHE)]
+            subprocess.run(command, check=True)
+            source = CACHE / f"timm-{timm.__version__}.tar.gz"
+        with tarfile.open(source) as archive:
+            archive.extractall(CACHE, filter="data")
+    return tests
+
+
+def run(arguments: list[str]) -> int:
+    """Run timm's tests with further arguments of pytest, and return pytest's exit code."""
+    tests = fetch_tests()
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": here}
+    command = [sys.executable, "-m", "pytest", "-p", "timm_suite", "-p", "no:cacheprovider"]
+    # timm's pytest settings are not in the distribution: its markers would be warned of.
+    command += [str(tests), "--rootdir", str(tests.parent), "-c", os.devnull, "-q", "-ra"]
+    command += ["-W", "ignore::pytest.PytestUnknownMarkWarning", "-k", LEFT_OUT, *arguments]
+    return subprocess.run(command, cwd=tests.parent, env=environment).returncode
+
+
+def _list_models(filter: str | list[str] = "", **options) -> list[str]:
+    """List the zoo's models that match a filter, as `timm.list_models` does with every model."""
+    filters = [filter] if isinstance(filter, str) else filter
+    names = densezoo.list_backbones()
+    return [n for n in names if any(fnmatch(n, f) for f in filters if f) or not any(filters)]
+
+
+def pytest_configure() -> None:
+    timm.list_models = _list_models
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave out the tests of timm's own models."""
+    names = set(densezoo.list_backbones())
+    ours = [
+        item
+        for item in items
+        if hasattr(item, "callspec") and item.callspec.params.get("model_name") in names
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+    items[:] = ours
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
