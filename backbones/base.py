@@ -6,7 +6,8 @@ Legend: B batch, C channels, H and W height and width of the image, s the stride
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers.arguments import check_flag, check_number, check_whole_number
 from ..layers.conv import prefers_channels_last
 
 _POOL_TYPES = ("avg", "max", "avgmax", "catavgmax")
@@ -33,6 +35,10 @@ def check_image(x: torch.Tensor, in_chans: int) -> None:
     """Raise a ValueError unless `x` is a (B, in_chans, H, W) floating-point batch, H, W >= 1."""
     if torch.jit.is_tracing():
         return  # sizes are traced values then, and a branch on them would be burnt in
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(
+            f"the image batch is a {type(x).__name__}: a tensor (B, {in_chans}, H, W) is taken"
+        )
     if x.ndim != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
         raise ValueError(
             f"the image batch has shape {tuple(x.shape)}: (B, {in_chans}, H, W) with H and W of "
@@ -40,6 +46,43 @@ def check_image(x: torch.Tensor, in_chans: int) -> None:
         )
     if not x.is_floating_point():
         raise ValueError(f"the image batch has dtype {x.dtype}: a floating-point one is taken")
+    if x.layout != torch.strided:
+        raise ValueError(f"the image batch has layout {x.layout}: a dense one is taken")
+
+
+@contextlib.contextmanager
+def _mismatch_named(x: torch.Tensor, module: nn.Module) -> Iterator[None]:
+    """Turn what PyTorch raises for an image of another device or dtype into a ValueError.
+
+    The error is translated rather than foreseen: sharded and cast weights have their device and
+    dtype in the forward pass alone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        weight = next(module.parameters(), None)
+        for name in ("device", "dtype"):
+            own, wanted = getattr(x, name), getattr(weight, name, None)
+            if wanted is not None and own != wanted:
+                advice = "bring one to the other's with .to()"
+                advice += ", or run under torch.autocast" if name == "dtype" else ""
+                raise ValueError(
+                    f"the image batch has {name} {own} and the model {wanted}: {advice}"
+                ) from error
+        raise
+
+
+@register_notrace_function
+def check_map(x: torch.Tensor, channels: int) -> None:
+    """Raise a ValueError unless `x` is a map (B, channels, H, W)."""
+    if torch.jit.is_tracing():
+        return
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != channels:
+        found = tuple(x.shape) if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
+        raise ValueError(
+            f"forward_head got {found}: the map (B, {channels}, H, W) that forward_features "
+            "returns is taken"
+        )
 
 
 def check_arguments(
@@ -47,12 +90,11 @@ def check_arguments(
 ) -> None:
     """Raise a ValueError that names the first of a constructor's arguments that is no good."""
     for name, value in (("depths", depths), ("dims", dims)):
-        if len(value) != 4 or min(value) < 1:
-            raise ValueError(f"{name} is {tuple(value)}: four numbers of at least 1 are taken")
-    if in_chans < 1:
-        raise ValueError(f"in_chans is {in_chans}: 1 or more is taken")
-    if not 0 <= drop_path_rate <= 1:
-        raise ValueError(f"drop_path_rate is {drop_path_rate}: a number from 0 to 1 is taken")
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        if not is_list or len(value) != 4 or any(type(n) is not int or n < 1 for n in value):
+            raise ValueError(f"{name} is {value!r}: four whole numbers of at least 1 are taken")
+    check_whole_number("in_chans", in_chans, 1)
+    check_number("drop_path_rate", drop_path_rate, 0, 1)
 
 
 @contextlib.contextmanager
@@ -142,19 +184,21 @@ class ClassifierHead(nn.Module):
 
         Args:
             num_classes: classes; 0 leaves the pooled features.
-            pool_type: as the constructor takes it.
+            pool_type: as the constructor takes it; None keeps the pooling ("avg" where there was
+                none and classes are asked for).
             like: a tensor of the device and dtype wanted.
 
         Raises:
             ValueError: `num_classes` is negative, or above 0 without pooling; an unknown pooling.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes is {num_classes}: 0 (no classifier) or more is taken")
+        check_whole_number("num_classes", num_classes, 0)
         if pool_type not in (None, "", *_POOL_TYPES):
             raise ValueError(
                 f'global_pool is {pool_type!r}: one of {_POOL_TYPES}, or "" for none, is taken'
             )
-        if num_classes and not (self.global_pool.pool_type if pool_type is None else pool_type):
+        if num_classes and pool_type is None and not self.global_pool.pool_type:
+            pool_type = "avg"  # a classifier needs a pooling, and the caller names none
+        if num_classes and pool_type == "":
             raise ValueError(
                 f'num_classes={num_classes} needs a global_pool: "" is taken with num_classes=0'
             )
@@ -194,6 +238,11 @@ class HierarchicalBackbone(nn.Module):
     Stage maps are NCHW of exactly ceil(H / s) x ceil(W / s), s = `strides`, contiguous unless
     the image is channels last. A subclass builds the parts in its constructor and hands them over.
 
+    Compiled with ``torch.compile(dynamic=True)``, one graph serves all images that are larger than
+    the last stride both ways, in batches of two and more; PyTorch compiles anew where a map has
+    one row or column, or a batch one image. A trace of `torch.jit` is valid at the size of its
+    example.
+
     Args:
         stem: (B, in_chans, H, W) -> map of the first stage's resolution.
         stages: modules from map to map; what a stage returns is what users get.
@@ -205,6 +254,10 @@ class HierarchicalBackbone(nn.Module):
 
     # Norm of the official dense backbone's outputs ("batch_norm", "layer_norm"), None without.
     dense_norm: str | None = None
+
+    # What cannot be exported and why: "onnx" or "torch_export" -> the reason, one line. The
+    # docstring of a family that lists one says the same.
+    unsupported_exports: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -265,6 +318,7 @@ class HierarchicalBackbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass rather than keep their activations."""
+        check_flag("enable", enable)
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -283,7 +337,8 @@ class HierarchicalBackbone(nn.Module):
 
         Args:
             num_classes: classes; 0 leaves pooled features.
-            global_pool: pooling from now on; as it was when None; "" (num_classes=0) for none.
+            global_pool: pooling from now on; None for the one before ("avg" where there was none
+                and num_classes > 0); "" (with num_classes=0) for none.
 
         Raises:
             ValueError: as `ClassifierHead.reset`.
@@ -323,27 +378,28 @@ class HierarchicalBackbone(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f'output_fmt is {output_fmt!r}: "NCHW" and "NHWC" are taken')
+        flags = dict(norm=norm, stop_early=stop_early, intermediates_only=intermediates_only)
+        for name, value in flags.items():
+            check_flag(name, value)
         check_image(x, self.in_chans)
         take = absolute_indices(indices, len(self.stages))
         image = x
-        x = self.stem(to_fast_format(x))
-        maps: dict[int, torch.Tensor] = {}
+        x = self._run_stem(x)
+        maps: list[torch.Tensor | None] = []
         last = max(take) if stop_early or intermediates_only else len(self.stages) - 1
         for i, stage in enumerate(self.stages):
             if i > last:
                 break
             x = stage(x)
-            if i in take:
-                maps[i] = x
+            maps.append(x if i in take else None)
         if last == len(self.feature_info) - 1 and (norm or not intermediates_only):
             x = self.norm(x)
-            if norm and last in maps:
+            if norm:
                 maps[last] = x
-        maps = {i: in_format_of(image, feature) for i, feature in maps.items()}
+        features = [in_format_of(image, maps[i]) for i in take]
         x = in_format_of(image, x)
         if output_fmt == "NHWC":
-            maps = {i: feature.permute(0, 2, 3, 1) for i, feature in maps.items()}
-        features = [maps[i] for i in take]
+            features = [feature.permute(0, 2, 3, 1) for feature in features]
         return features if intermediates_only else (x, features)
 
     def prune_intermediate_layers(
@@ -374,13 +430,24 @@ class HierarchicalBackbone(nn.Module):
             self.reset_classifier(0, "")
         return take
 
+    def _run_stem(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self.stem(to_fast_format(x))
+        with _mismatch_named(x, self.stem):
+            return self.stem(to_fast_format(x))
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the final normed map: (B, in_chans, H, W) -> (B, C, H / 32, W / 32)."""
         check_image(x, self.in_chans)
-        return in_format_of(x, self.norm(self.stages(self.stem(to_fast_format(x)))))
+        return in_format_of(x, self.norm(self.stages(self._run_stem(x))))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Compute logits (B, num_classes), or pooled features (B, C), from the normed map."""
+        """Compute logits (B, num_classes), or pooled features (B, C), from the normed map.
+
+        Raises:
+            ValueError: `x` is not what `forward_features` returns.
+        """
+        check_map(x, self.num_features)
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -429,8 +496,12 @@ def absolute_indices(indices: int | Sequence[int] | None, num_stages: int) -> li
     wanted = indices
     if indices is None:
         indices = range(num_stages)
-    elif isinstance(indices, int):
+    elif isinstance(indices, int) and not isinstance(indices, bool):
         indices = range(num_stages - indices, num_stages) if 0 < indices <= num_stages else ()
+    elif not isinstance(indices, (Sequence, range)) or isinstance(indices, str):
+        raise ValueError(f"out_indices is {wanted!r}: whole numbers, or one, are taken")
+    for index in indices:
+        check_whole_number("an entry of out_indices", index)
     absolute = [i + num_stages if i < 0 else i for i in indices]
     if not absolute or any(not 0 <= i < num_stages for i in absolute):
         raise ValueError(
@@ -448,19 +519,29 @@ class _Features:
     Maps come in the order of `out_indices`, also where timm gives them in the network's order.
     """
 
-    def reorder(self, order: Sequence[int]) -> None:
-        """Return maps in `order`, absolute indices; timm's part has them ascending."""
+    def prepare(self, order: Sequence[int], in_chans: int) -> None:
+        """Take images of `in_chans` channels, and return maps in `order`, absolute indices.
+
+        timm's part has them ascending.
+        """
+        self.in_chans = in_chans
         self.feature_info = FeatureInfo(self.feature_info.info, tuple(order))
         self._positions = tuple(sorted(order).index(i) for i in order)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor] | dict[str, torch.Tensor]:
-        maps = super().forward(x)
+        check_image(x, self.in_chans)
+        if torch.compiler.is_compiling():
+            maps = super().forward(x)
+        else:
+            with _mismatch_named(x, self):
+                maps = super().forward(x)
         names = list(maps) if isinstance(maps, dict) else range(len(maps))
         ordered = {names[i]: in_format_of(x, maps[names[i]]) for i in self._positions}
         return type(maps)(ordered) if isinstance(maps, dict) else list(ordered.values())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass rather than keep their activations."""
+        check_flag("enable", enable)
         for module in self.modules():
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
@@ -485,6 +566,24 @@ class FeatureHook(_Features, FeatureHookNet):
 
 class FeatureGraph(_Features, FeatureGraphNet):
     """Stage maps of an FX graph, stem and stages its leaves."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for graph in (self.graph_module.train_graph, self.graph_module.eval_graph):
+            for node in graph.nodes:
+                node.type = None  # an annotation as text, which torch 2.6 cannot pickle
+        self.graph_module.recompile()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureGraph:
+        """Copy as any module is; torch.fx alone would put the whole copy in training mode."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        # This chooses between the graphs of training and evaluation.
+        twin.graph_module.train(self.graph_module.training)
+        for module, copied in zip(self.modules(), twin.modules(), strict=True):
+            copied.training = module.training
+        return twin
 
 
 class FeatureGetter(_Features, FeatureGetterNet):

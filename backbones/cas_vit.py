@@ -30,6 +30,7 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from torch import nn
 from torch.nn import functional as F
 
+from ..layers.arguments import check_flag, check_number, check_whole_number
 from ..layers.conv import (
     ConvNorm,
     PointwiseConv,
@@ -142,10 +143,11 @@ class Block(nn.Module):
         x = x + self.drop_path(self.mixer(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def fuse(self) -> None:
-        """Fold both norms into the 1x1 convolutions that follow them, in place."""
+    def fuse(self) -> Block:
+        """Fold both norms into the 1x1 convolutions that follow them, in place; return itself."""
         self.norm1 = fold_norm_into_next(self.norm1, self.mixer.query_key, self.mixer.value)
         self.norm2 = fold_norm_into_next(self.norm2, self.mlp.fc1)
+        return self
 
 
 class ConvStage(Stage):
@@ -213,6 +215,10 @@ class CASViT(HierarchicalBackbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         check_arguments(depths, dims, in_chans, drop_path_rate)
+        check_whole_number("dims[0]", dims[0], 2)  # the stem halves it
+        check_number("mlp_ratio", mlp_ratio, 1 / min(dims))
+        check_flag("distillation", distillation)
+        check_number("drop_rate", drop_rate, 0, 1)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = [
             ConvStage(
@@ -239,6 +245,7 @@ class CASViT(HierarchicalBackbone):
         Raises:
             ValueError: the model has one head, or none.
         """
+        check_flag("enable", enable)
         if not isinstance(self.head.fc, PairedLinear):
             raise ValueError(
                 "set_distilled_training needs two heads: distillation=True and num_classes > 0"

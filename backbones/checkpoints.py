@@ -7,13 +7,18 @@ import importlib.util
 import logging
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import safetensors.torch
 import torch
+from timm.models._hub import download_cached_file
 from torch import nn
 
 _logger = logging.getLogger(__name__)
@@ -57,64 +62,188 @@ class LoadReport:
         return "; ".join(lines)
 
 
+# Statistics of mmengine's histories, which a checkpoint of its Runner names.
+_HISTORY_METHODS = ("mean", "min", "max", "current")
+
+
 def _history_method(owner: type, name: str) -> Callable:
-    """Stand in for getattr, which checkpoints of mmengine call on the class of histories alone."""
+    """Stand in for getattr, which checkpoints of mmengine call on the class of histories alone.
+
+    The real one would hand a malicious file any attribute of any object, and so any function.
+    """
     from mmengine.logging import HistoryBuffer
 
-    if owner is not HistoryBuffer or name.startswith("_"):
-        raise pickle.UnpicklingError(f"it asks for {name} of {owner}")
+    if owner is not HistoryBuffer or name not in _HISTORY_METHODS:
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {name} of {owner}")
     return getattr(HistoryBuffer, name)
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint file, executing nothing that it might contain.
-
-    Args:
-        path: a ``.safetensors`` file, or one of `torch.save`: tensors, numbers, an
-            `argparse.Namespace`, and the histories that mmengine's Runner logs.
-
-    Returns:
-        The checkpoint; its weights stay on disk until they are used.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or holds other objects.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+def _allowed_globals() -> list:
+    """What a checkpoint may hold beside what PyTorch itself takes for weights."""
     multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    numbers = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
     allowed = [
         argparse.Namespace,
+        slice,
         np.dtype,
         np.ndarray,
         multiarray._reconstruct,
         multiarray.scalar,
-        *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint32", "bool")),
+        *numbers,
     ]
     if importlib.util.find_spec("mmengine") is not None:
+        from mmengine.config import ConfigDict
         from mmengine.logging import HistoryBuffer
 
-        allowed += [HistoryBuffer, (_history_method, "builtins.getattr")]
+        allowed += [ConfigDict, HistoryBuffer, (_history_method, "builtins.getattr")]
+    return allowed
+
+
+@contextmanager
+def _nothing_else_allowed() -> Iterator[None]:
+    """Let PyTorch's unpickler take what `_allowed_globals` lists, whatever was allowed before.
+
+    mmengine allows getattr while it loads, with which a file reaches any function.
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(_allowed_globals())
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(allowed):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _reason(error: Exception) -> str:
+    """Say in a few words why a file was refused."""
+    asked = re.search(r"GLOBAL (\S+(?: of .*)?)", str(error))
+    if asked:
+        return f"it asks for {asked[1]}, which is no part of weights, numbers and logs"
+    if isinstance(error, pickle.UnpicklingError) and "reduce" in str(error):
+        return "it calls what is no part of weights, numbers and logs"
+    said = re.split(r"\n|\. ", str(error))[0] if isinstance(error, RuntimeError) else ""
+    return "it is truncated, damaged or of another format" + (f" ({said})" if said else "")
+
+
+# How files begin that are taken for checkpoints, and what to do about them.
+_FOREIGN_BEGINNINGS = (
+    (rb"version https://git-lfs", "it is a pointer of Git LFS: run git lfs pull"),
+    (rb"(?i)\s*<(!doctype|html)", "it is a web page: download the file itself"),
+    (rb"\x89HDF", "it is an HDF5 file, as Keras writes them"),
+    (rb"\s*\{", "it is JSON, such as an index of several files: name one with weights"),
+)
+
+
+def _foreign_kind(path: Path) -> str | None:
+    """Say what a file is that was refused, where its beginning tells."""
+    with open(path, "rb") as file:
+        beginning = file.read(64)
+    if not beginning:
+        return "it is empty: download or copy it again"
+    is_named_safetensors = path.suffix == ".safetensors"
+    if is_named_safetensors and beginning.startswith(b"PK"):
+        return "it looks like a file of torch.save: give it the suffix .pth"
+    if not is_named_safetensors and beginning[8:9] == b"{":
+        return "it looks like safetensors: give it the suffix .safetensors"
+    return next(
+        (what for pattern, what in _FOREIGN_BEGINNINGS if re.match(pattern, beginning)), None
+    )
+
+
+def read_checkpoint(
+    path: str | Path,
+    *,
+    map_location: str | torch.device | Callable | dict | None = "cpu",
+    mmap: bool = True,
+) -> dict:
+    """Read a checkpoint file, executing nothing that it might contain.
+
+    Args:
+        path: a ``.safetensors`` file, or one of `torch.save`: tensors, numbers, an
+            `argparse.Namespace`, and the histories and configs that mmengine's Runner saves.
+        map_location: where the tensors go, as of `torch.load`.
+        mmap: leave the weights on disk until they are used, in a file that must stay as it is as
+            long as they are.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        ValueError: it is no checkpoint, or holds other objects.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"checkpoint {str(path)!r} is a folder; name a file")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    return load_safely(path, str(path), map_location=map_location, mmap=mmap)
+
+
+def load_safely(
+    file: Path | BinaryIO,
+    name: str,
+    *,
+    map_location: str | torch.device | Callable | dict | None = None,
+    mmap: bool = False,
+) -> dict:
+    """Read a checkpoint as `read_checkpoint` does, from a file or a stream called `name`.
+
+    Raises:
+        ValueError: it is no checkpoint, or holds other objects.
+    """
+    is_path = isinstance(file, Path)
+    try:
+        if is_path and file.suffix == ".safetensors":
+            on_device = isinstance(map_location, (str, torch.device))
+            return safetensors.torch.load_file(file, str(map_location) if on_device else "cpu")
+        with _nothing_else_allowed():
+            checkpoint = torch.load(
+                file,
+                map_location=map_location,
+                weights_only=True,
+                # Only the format of today, a zip file, can stay on disk.
+                mmap=mmap and is_path and zipfile.is_zipfile(file),
+            )
     except (
         RuntimeError,
         pickle.UnpicklingError,
         EOFError,
-        UnicodeDecodeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        struct.error,
         safetensors.SafetensorError,
-    ) as error:
+    ) as error:  # what PyTorch's unpickler raises for bytes that mean nothing to it
+        reason = (_foreign_kind(file) if is_path else None) or _reason(error)
         raise ValueError(
-            f"{str(path)!r} is not a checkpoint that can be read safely (is it truncated, or does "
-            "it hold more than weights, numbers and logs?)"
+            f"{name!r} is not a checkpoint that can be read safely: {reason}"
         ) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}, not a checkpoint")
+        raise ValueError(f"{name!r} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+def download_checkpoint(
+    url: str, *, cache_dir: str | Path | None = None, progress: bool = True
+) -> Path:
+    """Download a file into timm's cache, where it is not there yet, and return its path.
+
+    Raises:
+        OSError: it can't be downloaded, or not be written.
+    """
+    try:
+        path = download_cached_file(url, check_hash=False, progress=progress, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{url} can't be downloaded ({error}): check the address and the connection, or "
+            "download it by other means and name the file"
+        ) from error
+    return Path(path)
 
 
 def unwrap_nesting(checkpoint: Mapping) -> dict[str, torch.Tensor]:
@@ -124,7 +253,7 @@ def unwrap_nesting(checkpoint: Mapping) -> dict[str, torch.Tensor]:
         checkpoint: what `read_checkpoint` returned, or a state dict.
 
     Raises:
-        ValueError: no tensor by name was found.
+        ValueError: no tensor by name was found, or one holds NaN.
     """
     state = checkpoint
     while isinstance(state, Mapping) and not any(torch.is_tensor(v) for v in state.values()):
@@ -142,7 +271,24 @@ def unwrap_nesting(checkpoint: Mapping) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"no weights found in the checkpoint, whose keys are {sorted(map(str, checkpoint))[:8]}"
         )
+    check_numbers(tensors)
     return tensors
+
+
+def check_numbers(state: Mapping[str, torch.Tensor]) -> None:
+    """Raise a ValueError if an entry of a state dict holds NaN, as a failed training leaves it."""
+    bad = [
+        key
+        for key, value in state.items()
+        # Smaller types are of quantised models, and have no NaN or no test for it.
+        if value.is_floating_point() and value.itemsize > 1 and not value.is_meta
+        if value.isnan().any()
+    ]
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(state)} entries of the checkpoint hold NaN, such as {bad[0]}; "
+            "give one from before its training failed"
+        )
 
 
 def strip_prefixes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,8 +7,12 @@ library looks names up in; a config needs ``custom_imports = dict(imports=["dens
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
 
 import timm
 import torch
@@ -18,8 +22,16 @@ from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers.arguments import check_flag, check_mapping, check_number, check_whole_number
 from .base import absolute_indices
-from .checkpoints import map_keys, read_checkpoint, strip_prefixes, unwrap_nesting
+from .checkpoints import (
+    download_checkpoint,
+    load_safely,
+    map_keys,
+    read_checkpoint,
+    strip_prefixes,
+    unwrap_nesting,
+)
 from .registry import (
     check_model_name,
     create_with_weights,
@@ -30,6 +42,80 @@ from .registry import (
 _logger = logging.getLogger(__name__)
 
 _OUT_NORMS = {"batch_norm": nn.BatchNorm2d, "layer_norm": LayerNorm2d}
+
+
+def check_init_cfg(init_cfg: object) -> None:
+    """Raise a ValueError unless `init_cfg` is one of mmengine's, a "Pretrained" one with a file."""
+    for cfg in [init_cfg] if not isinstance(init_cfg, (list, tuple)) else init_cfg:
+        if cfg is None:
+            continue
+        if not isinstance(cfg, Mapping) or not isinstance(cfg.get("type"), str):
+            raise ValueError(
+                f'init_cfg is {init_cfg!r}: dict(type="Pretrained", checkpoint=FILE), or a dict '
+                "with the type of another initialiser of mmengine, is taken"
+            )
+        if cfg["type"] == "Pretrained" and not isinstance(cfg.get("checkpoint"), str):
+            raise ValueError(
+                f"init_cfg.checkpoint is {cfg.get('checkpoint')!r}: the path or URL of a "
+                "checkpoint is taken"
+            )
+
+
+class _SafeTorch(ModuleType):
+    """torch as mmengine's checkpoint module sees it: all of it, but for how a file is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__("torch", torch.__doc__)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def load(
+        file: str | Path | BinaryIO,
+        map_location: str | torch.device | Callable | dict | None = None,
+        **options: Any,
+    ) -> dict:
+        """Load a checkpoint with the zoo's reader, whatever the options say."""
+        if isinstance(file, (str, Path)):
+            # In memory: a run keeps the tensors longer than the file may live.
+            return read_checkpoint(file, map_location=map_location, mmap=False)
+        return load_safely(file, "the checkpoint", map_location=map_location)
+
+
+def _load_url_safely(
+    url: str,
+    model_dir: str | None = None,
+    map_location: str | torch.device | Callable | dict | None = None,
+    progress: bool = True,
+) -> dict:
+    """Stand in for torch.utils.model_zoo.load_url, which unpickles whatever comes."""
+    path = download_checkpoint(url, cache_dir=model_dir, progress=progress)
+    return read_checkpoint(path, map_location=map_location, mmap=False)
+
+
+def read_mmengine_checkpoints_safely() -> None:
+    """Make every load through mmengine's CheckpointLoader execute nothing, for this process.
+
+    Whatever the scheme (a local file, http, s3, open-mmlab, ...), and so for a Runner's
+    ``load_from`` and ``resume``, ``init_cfg`` of any module and published checkpoints, files are
+    read with `read_checkpoint`. mmengine on its own unpickles a file in full where the safe way
+    fails (0.10.12), or where it comes from a URL (0.10.7 too). Acting twice is harmless.
+
+    Raises:
+        ImportError: mmengine loads in another way than its known versions.
+    """
+    from mmengine.runner import checkpoint as mmengine_checkpoint
+
+    if isinstance(mmengine_checkpoint.torch, _SafeTorch):
+        return
+    if not hasattr(mmengine_checkpoint, "load_url"):
+        raise ImportError(
+            "this version of mmengine loads checkpoints in a way that densezoo can't make safe; "
+            "install one that densezoo names: pip install 'densezoo[openmmlab]'"
+        )
+    mmengine_checkpoint.torch = _SafeTorch()
+    mmengine_checkpoint.load_url = _load_url_safely
 
 
 @register_in_mmengine(MODELS)
@@ -82,8 +168,23 @@ class DenseBackbone(BaseModule):
         init_cfg: dict | list[dict] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(init_cfg=init_cfg)
         check_model_name(model_name)
+        if drop_path_rate is not None:
+            check_number("drop_path_rate", drop_path_rate, 0, 1)
+        check_whole_number("frozen_stages", frozen_stages, -1)
+        check_flag("norm_eval", norm_eval)
+        check_flag("with_cp", with_cp)
+        if pretrained is not None and not isinstance(pretrained, (bool, str, os.PathLike)):
+            raise ValueError(
+                f"pretrained is {pretrained!r}: True, False or the path or URL of a checkpoint is "
+                "taken"
+            )
+        check_init_cfg(init_cfg)
+        reserved = ("features_only", "out_indices", "pretrained", "drop_path_rate")
+        check_mapping("model_kwargs", {} if model_kwargs is None else model_kwargs, reserved)
+        super().__init__(init_cfg=init_cfg)
+        if "mmengine.runner" in sys.modules:  # where a Runner, of whatever class, may load next
+            read_mmengine_checkpoints_safely()
         self.model_name = model_name
         self.norm_eval = norm_eval
         self.frozen_stages = frozen_stages
@@ -106,14 +207,17 @@ class DenseBackbone(BaseModule):
         for name in self._frozen:
             for parameter in self.model.get_submodule(name).parameters(recurse=False):
                 parameter.requires_grad_(False)
-        if isinstance(pretrained, str):
-            self.load_weights(pretrained)
+        if isinstance(pretrained, (str, os.PathLike)):
+            self.load_weights(os.fspath(pretrained))
         self._has_weights = bool(pretrained)
 
     def _resolve(self, out_indices: int | Sequence[int]) -> list[int]:
         """Stage indices from 0, in the order asked for."""
-        if not isinstance(out_indices, int) and all(i >= 0 for i in out_indices):
-            return absolute_indices(out_indices, max(out_indices, default=0) + 1)
+        is_list = isinstance(out_indices, (list, tuple)) and len(out_indices) > 0
+        if is_list and all(type(i) is int and i >= 0 for i in out_indices):
+            return absolute_indices(out_indices, max(out_indices) + 1)
+        if out_indices is None:
+            raise ValueError("out_indices is None: whole numbers, or one, are taken")
         # How many levels there are, timm says of a model alone.
         levels = timm.create_model(self.model_name, features_only=True, **self.model_kwargs)
         return absolute_indices(out_indices, len(levels.feature_info))
@@ -201,7 +305,11 @@ class DenseBackbone(BaseModule):
             # Costs as much to import as the rest of densezoo.
             from mmengine.runner.checkpoint import CheckpointLoader
 
-            checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
+            read_mmengine_checkpoints_safely()
+            try:
+                checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
+            except KeyError as error:
+                raise ValueError(f"{path} is no checkpoint that is listed: {error}") from error
         else:
             checkpoint = read_checkpoint(path)
         state = strip_prefixes(unwrap_nesting(checkpoint))

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
@@ -17,7 +16,9 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     is_model,
+    is_model_pretrained,
     list_models,
+    list_pretrained,
     model_entrypoint,
     register_model,
 )
@@ -26,11 +27,13 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import get_pretrained_cfg
 from torch import nn
 
+from ..layers.arguments import check_flag
 from .aliases import ALIASES
 from .base import FEATURE_CLASSES, HierarchicalBackbone, absolute_indices
 from .checkpoints import (
     KeyRules,
     convert_checkpoint,
+    download_checkpoint,
     log_report,
     read_checkpoint,
     strip_prefixes,
@@ -154,8 +157,18 @@ def find_backbone(name: str) -> Registered | None:
 
 def check_model_name(name: str) -> None:
     """Raise a ValueError that suggests near names unless timm knows the model `name`."""
-    base = name.split(".")[0]
-    if ":" in name or is_model(base):
+    if not isinstance(name, str):
+        raise ValueError(
+            f"model_name is {name!r}: the name of a model of densezoo or timm is taken"
+        )
+    if ":" in name:
+        return  # of a hub
+    base, _, tag = name.partition(".")
+    if is_model(base):
+        if tag and not is_model_pretrained(name):
+            tags = [known.partition(".")[2] for known in list_pretrained(f"{base}.*")]
+            known = f", and there are {', '.join(tags)}" if tags else ""
+            raise ValueError(f"unknown weights tag in {name!r}: {base!r} alone is enough{known}")
         return
     near = difflib.get_close_matches(base, list_backbones(), n=3, cutoff=0.5)
     near += difflib.get_close_matches(base, list_models(), n=3, cutoff=0.7)
@@ -227,8 +240,14 @@ def _make_entry_point(
 
 def _build(registered: Registered, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build a model as timm does, in a `feature_cls` of ours with features_only=True."""
+    if not isinstance(pretrained, bool):
+        raise ValueError(
+            f"pretrained is {pretrained!r}: True or False is taken; a file goes into "
+            "pretrained_cfg_overlay=dict(file=...) beside pretrained=True"
+        )
+    check_flag("features_only", kwargs.get("features_only", False))
     if pretrained:
-        _check_weights_source(registered, kwargs)
+        _read_weights(registered, kwargs)
     feature_cfg, order = {}, None
     if kwargs.get("features_only", False):
         num_stages = len({**registered.arguments, **kwargs}["depths"])
@@ -257,7 +276,8 @@ def _build(registered: Registered, pretrained: bool, **kwargs: Any) -> nn.Module
     if order is None:
         model.pretrained_cfg["classifier"] = model.classifier_names()
     else:
-        model.reorder(order)
+        in_chans = {**registered.arguments, **kwargs}.get("in_chans", 3)
+        model.prepare(order, in_chans)
     return model
 
 
@@ -274,6 +294,14 @@ class _Constructor:
         **kwargs: Any,
     ) -> HierarchicalBackbone:
         arguments = {**self.registered.arguments, **kwargs}
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is {dtype!r}: a floating-point torch.dtype is taken")
+        if device is not None:
+            try:
+                torch.empty(0, device=device)
+            except (RuntimeError, AssertionError, TypeError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"device is {device!r}, which can't be used: {reason}") from error
         if device is None:
             model = self.registered.cls(**arguments)
         else:
@@ -292,6 +320,7 @@ class _Filter:
         self, state_dict: Mapping[str, Any], model: HierarchicalBackbone
     ) -> dict[str, torch.Tensor]:
         cfg = model.pretrained_cfg
+        cfg.pop("state_dict", None)  # the model would keep, copy and pickle what it was read from
         try:
             mapped, report = convert_checkpoint(
                 state_dict,
@@ -315,21 +344,33 @@ class _Filter:
         }
 
 
-def _check_weights_source(registered: Registered, kwargs: Mapping[str, Any]) -> None:
+def _read_weights(registered: Registered, kwargs: dict[str, Any]) -> None:
+    """Read a file or URL of weights with the zoo's reader, for timm to take the result.
+
+    timm's own reading executes nothing either, but refuses more (an `argparse.Namespace` from a
+    URL, mmengine's histories) and says less. The hub and folders are left to timm.
+    """
     cfg = kwargs.get("pretrained_cfg")
     if not isinstance(cfg, (dict, PretrainedCfg)):
         name = f"{registered.name}.{cfg}" if cfg else registered.name
         cfg = get_pretrained_cfg(name) or PretrainedCfg()
     cfg = cfg if isinstance(cfg, PretrainedCfg) else PretrainedCfg(**cfg)
-    cfg = replace(cfg, **(kwargs.get("pretrained_cfg_overlay") or {}))
-    if cfg.file and not cfg.state_dict and not Path(cfg.file).is_dir():
-        unwrap_nesting(read_checkpoint(cfg.file))  # says better than timm what is wrong with it
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    cfg = replace(cfg, **overlay)
     if not (cfg.has_weights or cfg.state_dict):
         raise WeightsError(
             f"the weights of {registered.name} have no direct link. Download one of "
             f"{', '.join(registered.weights.files)} (listed at {registered.weights.page}), then "
             f"pass pretrained=True, pretrained_cfg_overlay=dict(file='DOWNLOADED_FILE')"
         )
+    if cfg.state_dict or cfg.source in ("hf-hub", "local-dir"):
+        return
+    path = cfg.file
+    if not path and cfg.url and not cfg.hf_hub_id:
+        path = download_checkpoint(cfg.url, cache_dir=kwargs.get("cache_dir"))
+    if path:
+        state = unwrap_nesting(read_checkpoint(path))
+        kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": state}
 
 
 def create_with_weights(

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .arguments import check_whole_number
+
 
 def prefers_channels_last(x: torch.Tensor) -> bool:
     """Whether convolutional inference on `x` runs faster on channels-last memory.
@@ -61,6 +63,8 @@ class PointwiseConv(nn.Conv2d):
     def __init__(
         self, in_chans: int, out_chans: int, *, bias: bool = True, gelu: bool = False
     ) -> None:
+        check_whole_number("in_chans", in_chans, 1)
+        check_whole_number("out_chans", out_chans, 1)
         super().__init__(in_chans, out_chans, 1, bias=bias)
         self.gelu = gelu
 
@@ -105,6 +109,15 @@ class ConvNorm(nn.Module):
         groups: int = 1,
     ) -> None:
         super().__init__()
+        arguments = dict(in_chans=in_chans, out_chans=out_chans, stride=stride, groups=groups)
+        for name, value in arguments.items():
+            check_whole_number(name, value, 1)
+        check_whole_number("kernel_size", kernel_size, 1)
+        if kernel_size % 2 == 0 or in_chans % groups or out_chans % groups:
+            raise ValueError(
+                f"kernel_size is {kernel_size}, groups is {groups}: an odd kernel and groups that "
+                f"divide in_chans {in_chans} and out_chans {out_chans} are taken"
+            )
         if kernel_size == 1 and stride == 1 and groups == 1:
             self.conv = PointwiseConv(in_chans, out_chans)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .arguments import check_whole_number
 from .conv import PointwiseConv, prefers_channels_last
 
 # Hidden values that an MLP holds at a time in CPU inference: 4 MiB of float32, of the size of
@@ -22,6 +23,7 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
+        check_whole_number("hidden_dim", hidden_dim, 1)
         self.fc1 = PointwiseConv(dim, hidden_dim, gelu=True)
         self.fc2 = PointwiseConv(hidden_dim, dim)
 

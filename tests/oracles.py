@@ -1,4 +1,4 @@
-"""What tests compare with: reference cases of the official models.
+"""What tests compare with: reference cases of the official models, and measures.
 
 A case file (tests/data/parity/*.json) lists every entry of an official checkpoint (name, shape,
 kind) and what the official model answers in float64 when its checkpoint holds the weights of
@@ -11,6 +11,8 @@ kind) and what the official model answers in float64 when its checkpoint holds t
 - `weights.rescale` multiplies entries by the ending of their name.
 """
 
+import functools
+import io
 import json
 import zlib
 from pathlib import Path
@@ -19,11 +21,22 @@ import numpy as np
 import pytest
 import timm
 import torch
+from mmengine.registry import MODELS
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import densezoo
+from densezoo.backbones.base import FEATURE_CLASSES
 
 DATA = Path(__file__).parent / "data" / "parity"
 SAMPLES = 64
+# Models of more parameters are tested by their shapes, on the meta device: in full they would
+# take minutes and tens of GB each.
+MOST_PARAMETERS = 130_000_000
+# The forms a model comes in: with its head, as each of timm's extractors, for mmdet and mmseg.
+FORMS = ["classifier", *FEATURE_CLASSES, "dense"]
 
 
 def load_cases(folder=DATA):
@@ -106,18 +119,190 @@ def error(summary, tensor):
 def relative_error(actual, expected):
     """Largest difference of two tensors in the standard deviation of the second."""
     assert actual.shape == expected.shape
-    return float((actual.double() - expected.double()).abs().max() / expected.double().std())
+    difference = actual.detach().double() - expected.detach().double()
+    return float(difference.abs().max() / expected.detach().double().std())
 
 
-def variants_of_families():
-    """Every name of the zoo; the smallest variant of a family unmarked, the others slow."""
+def rms_error(actual, expected):
+    """Root mean square of a difference, in the standard deviation of what is expected."""
+    difference = actual.double() - expected.double()
+    return float(difference.square().mean().sqrt() / expected.double().std())
+
+
+def gradient_error(actual, expected):
+    """Largest difference of two lists of gradients, each in its own largest magnitude.
+
+    Gradients that are zero but for rounding, such as those of a bias before BatchNorm, are
+    measured in the largest magnitude of all.
+    """
+    largest = max(float(e.abs().max()) for e in expected)
+    errors = []
+    for a, e in zip(actual, expected, strict=True):
+        own = float(e.abs().max())
+        errors.append(float((a - e).abs().max()) / (own if own > 1e-5 * largest else largest))
+    return max(errors)
+
+
+def image(*size, batch=1, chans=3, seed=0):
+    """A (batch, chans, *size) image batch of noise."""
+    return torch.randn(batch, chans, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def as_list(outputs):
+    """Outputs of any model as a list: one tensor, several, or several by name."""
+    if torch.is_tensor(outputs):
+        return [outputs]
+    return list(outputs.values()) if isinstance(outputs, dict) else list(outputs)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Largest number of bytes that tensors made within the context held at a time.
+
+    After every operator, forward and backward, it sums the storages that operators have made
+    and that are alive, each once however many views it has. What an operator uses and frees
+    within itself is not seen. Unlike resident size it is the same in every run.
+
+    Attributes:
+        peak: that number, bytes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self._storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._note((args, kwargs), is_new=False)
+        outputs = func(*args, **(kwargs or {}))
+        # A weak reference keeps the address of a dead storage from being used again.
+        self._storages = {k: v for k, v in self._storages.items() if not v[0].expired()}
+        self._note(outputs, is_new=True)
+        self.peak = max(self.peak, self.live())
+        return outputs
+
+    def _note(self, tree, is_new):
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                size = storage.nbytes() if is_new else 0  # parameters and images were there
+                self._storages.setdefault(storage._cdata, (StorageWeakRef(storage), size))
+
+    def live(self):
+        """Bytes alive now."""
+        return sum(size for reference, size in self._storages.values() if not reference.expired())
+
+
+def dense(name, **kwargs):
+    """A `DenseBackbone`, built as mmdet and mmseg build it."""
+    return MODELS.build(dict(type="DenseBackbone", model_name=name, **kwargs))
+
+
+def build(name, form, **kwargs):
+    """A model in one of its forms."""
+    if form == "dense":
+        return dense(name, model_kwargs=kwargs)
+    if form == "classifier":
+        return timm.create_model(name, **kwargs)
+    return timm.create_model(name, features_only=True, feature_cls=form, **kwargs)
+
+
+def load_trunk(model, state):
+    """Load the entries of a whole model's state dict, under the names of any of its forms."""
+    own = {}
+    for key in model.state_dict():
+        name = key
+        for prefix in ("model.", "model.", "body.", "graph_module."):
+            name = name.removeprefix(prefix)
+        own[key] = state[name.replace("stages_", "stages.", 1)]
+    model.load_state_dict(own)
+    return model
+
+
+def norms(model):
+    """Every BatchNorm within, synchronised ones too."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
+def loss_of(outputs):
+    """A scalar that every value of every output takes part in."""
+    return sum(m.square().mean() for m in as_list(outputs))
+
+
+def without_gradient(model):
+    """Names of parameters without a finite gradient, or matrices and kernels with a zero one."""
+    return [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or (p.ndim > 1 and not p.grad.any())
+    ]
+
+
+def frozen_and_free(backbone, frozen_stages):
+    """What `frozen_stages` freezes of a dense backbone of the zoo, and the rest."""
+    inner = backbone.model.model
+    split = max(frozen_stages, 0)
+    stem = [inner.stem]
+    if frozen_stages < 0:
+        return [], stem + list(inner.stages)
+    return stem + list(inner.stages[:split]), list(inner.stages[split:])
+
+
+def gradients(model, outputs):
+    """Gradients of `loss_of` in the order of the parameters."""
+    model.zero_grad()
+    loss_of(outputs).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def saved_and_loaded(model):
+    """A whole model through torch.save and torch.load."""
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def official_checkpoint(name):
+    """A file for `name` as its authors publish it; where no case has one, one of our own."""
+    for case_file, case in load_cases().values():
+        if case_file["model_name"] == name and not case["model_kwargs"]:
+            return make_checkpoint(case_file, case)
+    torch.manual_seed(0)
+    return timm.create_model(name).state_dict()
+
+
+@functools.cache
+def _families():
+    """{class: its variants as (parameters, name), ascending}."""
     families = {}
     for name in densezoo.list_backbones():
         model = timm.create_model(name, device="meta")
         size = sum(p.numel() for p in model.parameters())
         families.setdefault(type(model).__name__, []).append((size, name))
+    return {family: sorted(variants) for family, variants in families.items()}
+
+
+def variants_of_families(most_parameters=MOST_PARAMETERS):
+    """Names of at most so many parameters; a family's smallest unmarked, the others slow."""
     return [
         pytest.param(name, marks=() if i == 0 else pytest.mark.slow, id=name)
-        for family in families.values()
-        for i, (_, name) in enumerate(sorted(family))
+        for variants in _families().values()
+        for i, (size, name) in enumerate(variants)
+        if size <= most_parameters
     ]
+
+
+def variants_by_shape(most_parameters=MOST_PARAMETERS):
+    """Every name; a family's smallest, and what `variants_of_families` leaves out, unmarked."""
+    return [
+        pytest.param(
+            name, marks=pytest.mark.slow if 0 < i and size <= most_parameters else (), id=name
+        )
+        for variants in _families().values()
+        for i, (size, name) in enumerate(variants)
+    ]
+
+
+def smallest_of_families():
+    """{family: name of its smallest variant}."""
+    return {family: variants[0][1] for family, variants in _families().items()}

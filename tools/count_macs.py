@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,6 +22,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from ..backbones.registry import Published, check_model_name, find_backbone
+from ..layers.arguments import check_whole_number
 from .tables import format_table
 
 EXAMPLE = "densezoo macs cas_vit_xs --size 512 672"
@@ -135,11 +136,10 @@ class MacsReport:
 
 def check_size(size: tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) in pixels; raise a ValueError unless both are at least 1."""
-    if len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size):
-        raise ValueError(
-            f"the size is {' '.join(map(str, size))}: a height and a width of at least 1 pixel "
-            "are taken"
-        )
+    is_pair = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2
+    if not is_pair or any(type(number) is not int or number < 1 for number in size):
+        text = " ".join(map(str, size)) if is_pair else repr(size)
+        raise ValueError(f"the size is {text}: a height and a width of at least 1 pixel are taken")
     return tuple(size)
 
 
@@ -221,16 +221,24 @@ def count_macs(
         name, own_size = model, input_size(model)[1:]
         size = check_size(own_size if size is None else size)
         in_chans = 3 if in_chans is None else in_chans
-        if in_chans < 1:
-            raise ValueError(f"in_chans is {in_chans}: at least 1 is taken")
+        check_whole_number("in_chans", in_chans, 1)
         registered = find_backbone(name)
         if registered and size == own_size and in_chans == 3:
             published = registered.weights.published
         model = build_model(name, size, in_chans=in_chans)
+    elif not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
+        raise ValueError(
+            f"model is {model!r}: the name of a model, or a module with parameters, is taken"
+        )
     else:
         name = type(model).__name__
         if size is None:
-            size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (0,))[1:]
+            own_size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+            if own_size is None:
+                raise ValueError(
+                    f"{name} does not say its input size: pass size, a height and a width in pixels"
+                )
+            size = tuple(own_size[1:])
         size = check_size(size)
         in_chans = getattr(model, "in_chans", 3) if in_chans is None else in_chans
     analysis = _analyse(analysis_class, model, name, (1, in_chans, *size))

@@ -1,75 +1,122 @@
-"""What every registered backbone promises. A family inherits these tests by registering."""
+"""What every registered backbone promises. A family inherits these tests by registering.
+
+A family's smallest variant is tested by default, its others by the slow tests, and models too
+large to run (`oracles.MOST_PARAMETERS`) by their shapes on the meta device alone.
+"""
 
 import copy
+import itertools
 import math
+import os
+import pickle
+import shutil
 
 import pytest
 import timm
 import torch
-from mmengine.registry import MODELS
-from oracles import relative_error, variants_of_families
+from oracles import (
+    FORMS,
+    PeakMemory,
+    as_list,
+    build,
+    dense,
+    frozen_and_free,
+    gradient_error,
+    gradients,
+    image,
+    load_trunk,
+    loss_of,
+    norms,
+    official_checkpoint,
+    relative_error,
+    rms_error,
+    saved_and_loaded,
+    smallest_of_families,
+    variants_by_shape,
+    variants_of_families,
+    without_gradient,
+)
+from safetensors.torch import load_file, load_model, save_file, save_model
 from timm.models._manipulate import group_parameters
+from torch.export.passes import move_to_device_pass
 
-from densezoo.backbones.base import FEATURE_CLASSES
+from densezoo.backbones.base import HierarchicalBackbone
+from densezoo.backbones.cas_vit import CASViT
+from densezoo.backbones.registry import BACKBONES
+from densezoo.tools import export_files
+from densezoo.tools.count_macs import count_macs
 
-NAMES = variants_of_families()
-every_name = pytest.mark.parametrize("name", NAMES)
-SIZES = [(224, 224), (97, 131), (33, 200), (256, 320)]
+every_name = pytest.mark.parametrize("name", variants_of_families())
+every_name_by_shape = pytest.mark.parametrize("name", variants_by_shape())
+SIZES = [(224, 224), (97, 131), (33, 200), (256, 320), (480, 640)]
+MAIN_FORMS = ["classifier", "getter", "dense"]
+every_form = pytest.mark.parametrize("form", FORMS)
+main_forms = pytest.mark.parametrize("form", MAIN_FORMS)
+SUBSETS = [s for n in (1, 2, 3, 4) for s in itertools.combinations(range(4), n)]
+ONE_BLOCK = dict(depths=(1, 1, 1, 1))
 
 
-def image(*size, batch=1, chans=3, seed=0):
-    return torch.randn(batch, chans, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def as_list(maps):
-    return list(maps.values()) if isinstance(maps, dict) else list(maps)
-
-
-def norms(model):
-    return [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+# Features, at any size
 
 
 @every_name
-def test_stage_maps_have_the_promised_shapes_at_any_size(name):
-    model = timm.create_model(name, features_only=True).eval()
+def test_every_form_gives_the_same_maps_of_the_promised_shapes_at_any_size(name):
+    reference = timm.create_model(name).eval()
+    state = reference.state_dict()
+    forms = {form: load_trunk(build(name, form), state).eval() for form in FORMS[1:]}
     for size in SIZES:  # of one instance
+        x = image(*size)
         with torch.no_grad():
-            maps = model(image(*size))
-        for m, channels, stride in zip(
-            maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
-        ):
-            assert m.shape == (1, channels, *(math.ceil(n / stride) for n in size))
-            assert m.is_contiguous()
-    assert model.feature_info.reduction() == [4, 8, 16, 32]
+            expected = reference.forward_intermediates(x, intermediates_only=True)
+            maps = {form: as_list(model(x)) for form, model in forms.items()}
+        for i, stride in enumerate((4, 8, 16, 32)):
+            channels = reference.feature_info[i]["num_chs"]
+            assert expected[i].shape == (1, channels, *(math.ceil(n / stride) for n in size))
+            for form in forms:
+                assert maps[form][i].is_contiguous()
+                assert relative_error(maps[form][i], expected[i]) < 1e-5, (form, size)
+    for form, model in forms.items():
+        if form != "dense":
+            assert model.feature_info.channels() == [m.shape[1] for m in expected]
+            assert model.feature_info.reduction() == [4, 8, 16, 32]
 
 
 @every_name
-@pytest.mark.parametrize("out_indices", [None, (3, 0), (-1, 1), (2,), 2], ids=str)
-def test_every_feature_class_gives_the_same_maps(name, out_indices):
+@pytest.mark.parametrize("out_indices", [(3, 0), (-1, 1), (2,), 2], ids=str)
+def test_every_form_gives_the_maps_asked_for_in_that_order(name, out_indices):
     reference = timm.create_model(name).eval()
     x = image(97, 131)
     with torch.no_grad():
         expected = reference.forward_intermediates(x, out_indices, intermediates_only=True)
-    kwargs = {} if out_indices is None else dict(out_indices=out_indices)
-    for feature_cls in FEATURE_CLASSES:
-        model = timm.create_model(name, features_only=True, feature_cls=feature_cls, **kwargs)
-        state = dict(zip(model.state_dict(), _trunk(reference, model), strict=True))
-        model.load_state_dict(state)
+    for form in FORMS[1:]:
+        if form == "dense":
+            model = dense(name, out_indices=out_indices)
+            channels, strides = model.out_channels, model.out_strides
+        else:
+            model = build(name, form, out_indices=out_indices)
+            channels, strides = model.feature_info.channels(), model.feature_info.reduction()
+        load_trunk(model, reference.state_dict())
         with torch.no_grad():
             maps = as_list(model.eval()(x))
-        for m, e, channels in zip(maps, expected, model.feature_info.channels(), strict=True):
-            assert m.shape[1] == channels
-            assert relative_error(m, e) < 1e-5, feature_cls
+        assert [m.shape[1] for m in maps] == channels
+        assert [m.shape[2] for m in maps] == [math.ceil(97 / s) for s in strides]
+        for m, e in zip(maps, expected, strict=True):
+            assert relative_error(m, e) < 1e-5, form
 
 
-def _trunk(reference, features):
-    """The values of `reference` in the order of the wrapper's own state dict."""
-    state = reference.state_dict()
-    prefixes = ("model.", "body.", "graph_module.")
-    for key in features.state_dict():
-        for prefix in prefixes:
-            key = key.removeprefix(prefix)
-        yield state[key.replace("stages_", "stages.", 1)]
+@every_name
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (31, 33), (4, 7)], ids=str)
+def test_images_smaller_than_the_largest_stride_work_or_are_named(name, size):
+    model = timm.create_model(name, features_only=True).eval()
+    with torch.no_grad():
+        try:
+            maps = model(image(*size))
+        except ValueError as error:
+            assert all(str(n) in str(error) for n in size)
+            return
+    for m, stride in zip(maps, (4, 8, 16, 32), strict=True):
+        assert m.shape[2:] == tuple(math.ceil(n / stride) for n in size)
+        assert m.isfinite().all()
 
 
 @every_name
@@ -109,6 +156,234 @@ def test_pruning_keeps_the_maps_and_drops_what_they_do_not_need(name):
 
 
 @every_name
+def test_the_layout_of_outputs_follows_the_image(name):
+    model = timm.create_model(name).eval()
+    x = image(64, 96)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for contiguous in (x, image(64, 192)[..., ::2]):
+                final, maps = model.forward_intermediates(contiguous)
+                assert all(m.is_contiguous() for m in [final, *maps])
+                assert model.forward_features(contiguous).is_contiguous()
+            last = x.to(memory_format=torch.channels_last)
+            maps = model.forward_intermediates(last, intermediates_only=True)
+            assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+
+
+@every_name
+def test_images_of_a_batch_do_not_affect_each_other(name):
+    model = timm.create_model(name).eval()
+    x = image(97, 131, batch=2)
+    with torch.no_grad():
+        assert relative_error(model(x)[1:], model(x[1:])) < 1e-5
+
+
+@every_name
+def test_it_vectorises_over_images(name):
+    model = timm.create_model(name).eval()
+    x = image(32, 64, batch=3)
+    with torch.no_grad():
+        mapped = torch.vmap(lambda one: model(one[None])[0])(x)
+        assert relative_error(mapped, model(x)) < 1e-5
+
+
+@every_name
+def test_inference_changes_neither_the_image_nor_what_hooks_saw(name):
+    model = timm.create_model(name).eval()
+    x, seen = image(64, 96), []
+    before = x.clone()
+
+    def hook(module, inputs, output):
+        seen.append((output, output.clone()))
+
+    for module in model.modules():
+        if type(module).__module__.startswith("densezoo") and not list(module.children()):
+            module.register_forward_hook(hook)
+    with torch.no_grad():
+        model(x)
+    assert torch.equal(x, before)
+    assert seen and all(torch.equal(output, copy) for output, copy in seen)
+
+
+# Shapes alone, also of models too large to run
+
+
+@every_name_by_shape
+def test_shapes_and_gradients_of_every_variant_on_the_meta_device(name):
+    with torch.device("meta"):
+        features = timm.create_model(name, features_only=True)
+        model = timm.create_model(name, num_classes=7)
+        channels = features.feature_info.channels()
+        for size in [(224, 224), (97, 131)]:
+            for m, dim, stride in zip(
+                features(torch.empty(2, 3, *size)), channels, (4, 8, 16, 32), strict=True
+            ):
+                assert m.shape == (2, dim, *(math.ceil(n / stride) for n in size))
+        logits = model(torch.empty(2, 3, 224, 224))
+        assert logits.shape == (2, 7)
+        logits.sum().backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+@every_name_by_shape
+@pytest.mark.parametrize("coarse", [False, True])
+def test_every_parameter_is_in_exactly_one_layer_group(name, coarse):
+    model = timm.create_model(name, device="meta")
+    groups = group_parameters(model, model.group_matcher(coarse=coarse))
+    names = [n for group in groups.values() for n in group]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    depths = [len(stage.blocks) for stage in model.stages]
+    assert len(groups) == 2 + (len(depths) if coarse else sum(depths))
+    assert all(n.startswith("stem.") for n in groups[0])
+    assert all(n.startswith("head.") for n in groups[len(groups) - 1])
+    assert any(n.startswith("norm.") for n in groups[len(groups) - 2])
+    assert model.no_weight_decay() <= {n for n, _ in model.named_parameters()}
+
+
+@every_name_by_shape
+def test_parameters_are_the_published_ones_to_their_last_digit(name):
+    published = BACKBONES[name].weights.published.params
+    model = timm.create_model(name, device="meta")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert round(millions, len(str(published).split(".")[1])) == published
+
+
+@every_name
+def test_macs_are_the_published_ones_to_their_last_digit_and_none_is_uncounted(name):
+    published = BACKBONES[name].weights.published
+    report = count_macs(name)
+    assert report.published == published
+    assert round(report.macs / 1e9, len(str(published.gmacs).split(".")[1])) == published.gmacs
+    assert report.uncounted == {}
+
+
+# Gradients and memory
+
+
+@every_name
+@pytest.mark.parametrize("form", ["getter", "dense"])
+def test_gradients_reach_every_parameter_for_every_choice_of_stages(name, form):
+    x = image(64, 64, batch=2)
+    for out_indices in SUBSETS:
+        if form == "dense":
+            model = dense(name, out_indices=out_indices, out_norms="batch_norm")
+        else:
+            model = build(name, form, out_indices=out_indices)
+        loss_of(model.train()(x)).backward()
+        assert without_gradient(model) == [], out_indices
+
+
+@every_name
+def test_gradients_reach_every_parameter_of_the_classifier(name):
+    model = timm.create_model(name).train()
+    loss_of(model(image(64, 64, batch=2))).backward()
+    assert without_gradient(model) == []
+
+
+@every_name
+@main_forms
+def test_checkpointing_changes_neither_output_nor_gradient_nor_statistics(name, form):
+    x = image(64, 64, batch=2)
+    results = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        if form == "dense":
+            model = dense(name, drop_path_rate=0.3, with_cp=enable)
+        else:
+            model = build(name, form, drop_path_rate=0.3)
+            model.set_grad_checkpointing(enable)
+        outputs = as_list(model.train()(x))
+        loss_of(outputs).backward()
+        results.append([*outputs, *(p.grad for p in model.parameters()), *model.buffers()])
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(checkpointed, plain)
+
+
+@every_name
+def test_checkpointing_lowers_the_peak_of_memory_by_a_quarter_and_more(name):
+    peaks = []
+    for enable in (False, True):
+        model = timm.create_model(name, features_only=True).train()
+        model.set_grad_checkpointing(enable)
+        with PeakMemory() as memory:
+            loss_of(model(image(224, 224, batch=2))).backward()
+        peaks.append(memory.peak)
+    # Of two blocks a stage one is held at a time, and the gradients of the weights are.
+    assert peaks[1] < 0.75 * peaks[0]
+
+
+@every_name
+def test_drop_path_grows_linearly_over_the_network(name):
+    model = timm.create_model(name, drop_path_rate=0.3)
+    rates = [
+        max((getattr(m, "drop_prob", 0.0) or 0.0) for m in block.modules())
+        for stage in model.stages
+        for block in stage.blocks
+    ]
+    expected = torch.linspace(0, 0.3, len(rates)).tolist()
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+# Freezing
+
+
+@every_name
+@pytest.mark.parametrize("frozen_stages", [-1, 0, 1, 4])
+def test_frozen_stages_stay_frozen_while_training(name, frozen_stages):
+    backbone = dense(name, frozen_stages=frozen_stages)
+    detector = torch.nn.ModuleDict(dict(backbone=backbone, neck=torch.nn.BatchNorm2d(3)))
+    for _ in range(2):  # as a Runner switches, around each validation
+        detector.eval()
+        assert not [m for m in detector.modules() if m.training]
+        detector.train()
+    frozen, free = frozen_and_free(backbone, frozen_stages)
+    assert not [n for part in frozen for n, p in part.named_parameters() if p.requires_grad]
+    assert not [n for part in free for n, p in part.named_parameters() if not p.requires_grad]
+    assert not [m for part in frozen for m in part.modules() if m.training]
+    assert all(m.training for part in free for m in norms(part))
+    before = [b.clone() for part in frozen for b in part.buffers()]
+    maps = backbone(image(64, 64, batch=2))
+    after = [b for part in frozen for b in part.buffers()]
+    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+    if free:
+        loss_of(maps).backward()
+        parameters = [p for part in free for p in part.parameters()]
+        assert parameters and all(p.grad is not None for p in parameters)
+
+
+@every_name
+def test_norm_eval_keeps_every_batch_norm_in_evaluation(name):
+    backbone = dense(name, norm_eval=True, out_norms="batch_norm")
+    detector = torch.nn.Sequential(backbone, torch.nn.BatchNorm2d(3))
+    for _ in range(2):
+        assert backbone.training and detector.train()[1].training
+        assert norms(backbone) and not [m for m in norms(backbone) if m.training]
+        detector.eval()
+        detector.train()
+
+
+@every_name
+def test_freezing_outlives_conversion_to_synchronised_norms(name):
+    backbone = dense(name, frozen_stages=2, out_norms="batch_norm")
+    count = len(norms(backbone))
+    backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+    for _ in range(2):
+        backbone.eval().train()
+    assert len(norms(backbone)) == count
+    assert {type(m) for m in norms(backbone)} == {torch.nn.SyncBatchNorm}
+    frozen, free = frozen_and_free(backbone, 2)
+    assert not [m for part in frozen for m in part.modules() if m.training]
+    assert not [n for part in frozen for n, p in part.named_parameters() if p.requires_grad]
+    assert all(m.training for part in [*free, backbone.out_norms] for m in norms(part))
+    evaluated = dense(name, norm_eval=True, out_norms="batch_norm")
+    evaluated = torch.nn.SyncBatchNorm.convert_sync_batchnorm(evaluated).train()
+    assert not [m for m in norms(evaluated) if m.training]
+
+
+# Head and image channels
+
+
+@every_name
 def test_classifier_can_be_removed_and_replaced(name):
     model = timm.create_model(name, num_classes=7).eval()
     x = image(64, 64)
@@ -130,21 +405,6 @@ def test_classifier_can_be_removed_and_replaced(name):
 
 
 @every_name
-@pytest.mark.parametrize("coarse", [False, True])
-def test_every_parameter_is_in_exactly_one_layer_group(name, coarse):
-    model = timm.create_model(name, device="meta")
-    groups = group_parameters(model, model.group_matcher(coarse=coarse))
-    names = [n for group in groups.values() for n in group]
-    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
-    depths = [len(stage.blocks) for stage in model.stages]
-    assert len(groups) == 2 + (len(depths) if coarse else sum(depths))
-    assert all(n.startswith("stem.") for n in groups[0])
-    assert all(n.startswith("head.") for n in groups[len(groups) - 1])
-    assert any(n.startswith("norm.") for n in groups[len(groups) - 2])
-    assert model.no_weight_decay() <= {n for n, _ in model.named_parameters()}
-
-
-@every_name
 def test_image_channels_are_an_argument(name):
     model = timm.create_model(name, in_chans=5, features_only=True).eval()
     with torch.no_grad():
@@ -154,180 +414,326 @@ def test_image_channels_are_an_argument(name):
 
 
 @every_name
-def test_drop_path_grows_linearly_over_the_network(name):
-    model = timm.create_model(name, drop_path_rate=0.3)
-    rates = [
-        max((getattr(m, "drop_prob", 0.0) or 0.0) for m in block.modules())
-        for stage in model.stages
-        for block in stage.blocks
-    ]
-    expected = torch.linspace(0, 0.3, len(rates)).tolist()
-    assert rates == pytest.approx(expected, abs=1e-6)
+@main_forms
+def test_pretrained_weights_fit_grey_images_and_those_of_four_channels(name, form, tmp_path):
+    path = str(tmp_path / "weights.pth")
+    torch.save(official_checkpoint(name), path)
 
+    def load(in_chans):
+        if form == "dense":
+            init_cfg = dict(type="Pretrained", checkpoint=path)
+            model = dense(name, model_kwargs=dict(in_chans=in_chans), init_cfg=init_cfg)
+            model.init_weights()
+        else:
+            overlay = dict(file=path)
+            weights = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+            model = build(name, form, in_chans=in_chans, **weights)
+        return model.double().eval()
 
-@every_name
-def test_checkpointing_changes_neither_output_nor_gradient_nor_statistics(name):
-    x = image(64, 64, batch=2)
-    results = []
-    for enable in (False, True):
-        torch.manual_seed(0)
-        model = timm.create_model(name, features_only=True).train()
-        model.set_grad_checkpointing(enable)
-        maps = model(x)
-        sum(m.square().mean() for m in maps).backward()
-        gradients = [p.grad for p in model.parameters()]
-        results.append([*maps, *gradients, *model.buffers()])
-    for plain, checkpointed in zip(*results, strict=True):
-        torch.testing.assert_close(checkpointed, plain)
-
-
-@every_name
-def test_the_layout_of_outputs_follows_the_image(name):
-    model = timm.create_model(name).eval()
-    x = image(64, 96)
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            for contiguous in (x, image(64, 192)[..., ::2]):
-                final, maps = model.forward_intermediates(contiguous)
-                assert all(m.is_contiguous() for m in [final, *maps])
-                assert model.forward_features(contiguous).is_contiguous()
-            last = x.to(memory_format=torch.channels_last)
-            maps = model.forward_intermediates(last, intermediates_only=True)
-            assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
-
-
-@every_name
-def test_it_compiles_whole_for_either_layout_of_the_image(name):
-    model = timm.create_model(name).eval()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = image(33, 65).to(memory_format=layout)
-        with torch.no_grad():
-            assert relative_error(compiled(x), model(x)) < 1e-5
-
-
-@every_name
-def test_inference_changes_neither_the_image_nor_what_hooks_saw(name):
-    model = timm.create_model(name).eval()
-    x, seen = image(64, 96), []
-    before = x.clone()
-
-    def hook(module, inputs, output):
-        seen.append((output, output.clone()))
-
-    for module in model.modules():
-        if type(module).__module__.startswith("densezoo") and not list(module.children()):
-            module.register_forward_hook(hook)
+    grey, four = image(64, 96, chans=1).double(), image(64, 96, chans=4).double()
+    # timm sums the kernel over its channels for one, and repeats it, scaled by 3 / 4, for four.
+    first, second, third, fourth = four.unbind(1)
+    of_four = 0.75 * torch.stack([first + fourth, second, third], dim=1)
+    colour = load(3)
     with torch.no_grad():
-        model(x)
-    assert torch.equal(x, before)
-    assert seen and all(torch.equal(output, copy) for output, copy in seen)
+        for x, same in [(grey, grey.repeat(1, 3, 1, 1)), (four, of_four)]:
+            outputs, expected = load(x.shape[1])(x), colour(same)
+            for o, e in zip(as_list(outputs), as_list(expected), strict=True):
+                assert relative_error(o, e) < 1e-4
+
+
+# Precision
 
 
 @every_name
-def test_it_vectorises_over_images(name):
-    model = timm.create_model(name).eval()
-    x = image(32, 64, batch=3)
+def test_float64_agrees_with_float32(name, settle):
+    model = settle(timm.create_model(name))
+    x = image(97, 131)
     with torch.no_grad():
-        mapped = torch.vmap(lambda one: model(one[None])[0])(x)
-        assert relative_error(mapped, model(x)) < 1e-5
+        maps, logits = model.forward_intermediates(x)[1], model(x)
+        model.double()
+        exact = model.forward_intermediates(x.double())[1]
+        assert {m.dtype for m in exact} == {torch.float64}
+        for m, e in zip([*maps, logits], [*exact, model(x.double())], strict=True):
+            assert relative_error(m, e) < 1e-3
 
 
 @every_name
-def test_images_of_a_batch_do_not_affect_each_other(name):
-    model = timm.create_model(name).eval()
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_bfloat16_costs_little_more_than_rounding_weights_and_image(name, how, settle):
+    """The error that rounded weights and image alone cause is what the network makes of an error.
+
+    Computing in bfloat16 rounds each layer's result as well, and the results of norms and
+    activations: up to six roundings for one, so the square root of it in error; twice that is
+    the bound, and one rounding of the output beside it.
+    """
+    model = settle(timm.create_model(name))
     x = image(97, 131, batch=2)
+
+    def outputs(model, x):
+        return [*model.forward_intermediates(x, intermediates_only=True), model(x)]
+
+    rounded = copy.deepcopy(model).bfloat16()
     with torch.no_grad():
-        assert relative_error(model(x)[1:], model(x[1:])) < 1e-5
+        exact = outputs(model, x)
+        if how == "weights":
+            results = outputs(rounded, x.bfloat16())
+            assert {r.dtype for r in results} == {torch.bfloat16}
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                results = outputs(model, x)
+            assert {r.dtype for r in results} <= {torch.bfloat16, torch.float32}
+        inherent = outputs(rounded.float(), x.bfloat16().float())
+    for r, i, e in zip(results, inherent, exact, strict=True):
+        assert rms_error(r, e) < 2 * math.sqrt(6) * rms_error(i, e) + 2**-8
 
 
 @every_name
-@pytest.mark.parametrize("feature_cls", [None, *FEATURE_CLASSES])
-def test_fusing_folds_every_norm_and_keeps_the_output(name, feature_cls, settle):
-    kwargs = dict(features_only=True, feature_cls=feature_cls) if feature_cls else {}
-    model = settle(timm.create_model(name, **kwargs))
-    x = image(97, 131)
-    with torch.no_grad():
-        before = model(x)
-        assert model.fuse() is model
-        after = model(x)
-    # The last norm feeds the pooling, and no convolution follows or precedes it.
-    assert len(norms(model)) == (0 if feature_cls else 1)
-    pairs = zip(as_list(after), as_list(before), strict=True) if feature_cls else [(after, before)]
-    for a, b in pairs:
-        assert relative_error(a, b) < 1e-5
-    with torch.no_grad():  # once more changes nothing
-        again = model.fuse()(x)
-    if not feature_cls:
-        again, after = [again], [after]
-    assert all(torch.equal(a, b) for a, b in zip(as_list(again), as_list(after), strict=True))
-
-
-@every_name
-def test_dense_backbone_gives_the_same_maps_in_the_order_asked_for(name):
+@main_forms
+def test_gradients_pass_through_autocast_to_bfloat16(name, form):
     torch.manual_seed(0)
-    backbone = MODELS.build(dict(type="DenseBackbone", model_name=name, out_indices=(3, 1)))
-    backbone.eval()
+    model = build(name, form).train()
+    x = image(64, 64, batch=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(m.float() for m in as_list(model(x))).backward()
+    assert without_gradient(model) == []
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+# Copies, files and traces
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@every_name
+@every_form
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_copies_give_the_same_outputs_in_either_mode(name, form, fused):
+    if form == "dense":
+        arguments = dict(frozen_stages=1, norm_eval=True, out_norms="batch_norm")
+        model = dense(name, out_indices=(3, 1), drop_path_rate=0.5, **arguments)
+    else:
+        order = {} if form == "classifier" else dict(out_indices=(3, 1))
+        model = build(name, form, drop_path_rate=0.5, **order)
+    if fused:
+        model.eval().fuse()
+    x = image(64, 64, batch=2)
+    for training, (how, make) in itertools.product((False, True), COPIES.items()):
+        model.train(training)
+        twin, results = make(model), []
+        modes = {n: m.training for n, m in model.named_modules()}
+        assert {n: m.training for n, m in twin.named_modules()} == modes, (how, training)
+        for one in (model, twin):
+            torch.manual_seed(0)  # of the paths dropped
+            results.append(as_list(one(x)))
+        for expected, output in zip(*results, strict=True):
+            assert torch.equal(output, expected), (how, training)
+
+
+@every_name
+@main_forms
+def test_safetensors_files_hold_every_entry_and_load(name, form, tmp_path, settle):
+    model = settle(build(name, form))
+    path = str(tmp_path / "weights.safetensors")
+    save_file(model.state_dict(), path)  # refuses tensors that share memory
+    state = load_file(path)
+    assert state.keys() == model.state_dict().keys()
+    torch.manual_seed(1)
+    if form == "dense":
+        again = dense(name, pretrained=path)
+    else:
+        weights = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
+        again = build(name, form, **weights)
+    for key, value in model.state_dict().items():
+        assert torch.equal(state[key], value) and torch.equal(again.state_dict()[key], value), key
+    save_model(model.fuse(), path)  # takes the layout of fused weights too
+    fused = build(name, form).eval().fuse()
+    load_model(fused, path)
+    x = image(64, 96)
+    with torch.no_grad():
+        for m, e in zip(as_list(fused(x)), as_list(model(x)), strict=True):
+            assert torch.equal(m, e)
+
+
+@every_name
+@main_forms
+def test_a_trace_is_valid_at_the_size_of_its_example(name, form):
+    model = build(name, form).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, image(64, 96), check_trace=False)
+        x = image(64, 96, seed=1)
+        for m, e in zip(as_list(traced(x)), as_list(model(x)), strict=True):
+            assert relative_error(m, e) < 1e-5
+
+
+@every_name
+@pytest.mark.parametrize("form", FORMS)
+def test_fusing_folds_every_norm_and_keeps_the_output(name, form, settle):
+    model = settle(build(name, form))
     x = image(97, 131)
     with torch.no_grad():
-        maps = backbone(x)
-        expected = backbone.model.model.forward_intermediates(x, [3, 1], intermediates_only=True)
-    assert isinstance(maps, tuple)
-    assert all(torch.equal(m, e) for m, e in zip(maps, expected, strict=True))
-    assert [m.shape[1] for m in maps] == backbone.out_channels
-    assert backbone.out_strides == [32, 8]
-
-
-@every_name
-@pytest.mark.parametrize("out_indices", [(0,), (1, 2), (0, 1, 2, 3)], ids=str)
-def test_dense_backbone_holds_only_parameters_that_get_a_gradient(name, out_indices):
-    backbone = MODELS.build(
-        dict(type="DenseBackbone", model_name=name, out_indices=out_indices, out_norms=True)
-    )
-    sum(m.square().mean() for m in backbone.train()(image(64, 64, batch=2))).backward()
-    assert not [n for n, p in backbone.named_parameters() if p.grad is None]
-
-
-@every_name
-@pytest.mark.parametrize("frozen_stages", [-1, 0, 1, 4])
-def test_frozen_stages_stay_frozen_while_training(name, frozen_stages):
-    backbone = MODELS.build(
-        dict(type="DenseBackbone", model_name=name, frozen_stages=frozen_stages)
-    )
-    backbone.train()
-    inner = backbone.model.model
-    frozen = [inner.stem] * (frozen_stages >= 0) + list(inner.stages[: max(frozen_stages, 0)])
-    free = [inner.stem] * (frozen_stages < 0) + list(inner.stages[max(frozen_stages, 0) :])
-    assert not [n for part in frozen for n, p in part.named_parameters() if p.requires_grad]
-    assert not [n for part in free for n, p in part.named_parameters() if not p.requires_grad]
-    assert not [m for part in frozen for m in norms(part) if m.training]
-    assert all(m.training for part in free for m in norms(part))
-    before = [b.clone() for part in frozen for b in part.buffers()]
-    backbone(image(64, 64, batch=2))
-    assert all(
-        torch.equal(b, a)
-        for b, a in zip(before, [b for p in frozen for b in p.buffers()], strict=True)
-    )
-
-
-@every_name
-def test_norm_eval_keeps_every_batch_norm_in_evaluation(name):
-    backbone = MODELS.build(
-        dict(type="DenseBackbone", model_name=name, norm_eval=True, out_norms="batch_norm")
-    )
-    backbone.train()
-    assert norms(backbone) and not [m for m in norms(backbone) if m.training]
-    assert backbone.training
-    assert norms(backbone.eval().train())[0].training is False
-
-
-@every_name
-def test_dense_backbone_fuses(name, settle):
-    backbone = settle(MODELS.build(dict(type="DenseBackbone", model_name=name)))
-    x = image(97, 131)
-    with torch.no_grad():
-        before = backbone(x)
-        assert backbone.fuse() is backbone
-        after = backbone(x)
-    assert not norms(backbone)
+        before = as_list(model(x))
+        assert model.fuse() is model
+        after = as_list(model(x))
+        again = as_list(model.fuse()(x))  # once more changes nothing
+    # The last norm feeds the pooling, and no convolution follows or precedes it.
+    assert len(norms(model)) == (1 if form == "classifier" else 0)
     assert max(relative_error(a, b) for a, b in zip(after, before, strict=True)) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(again, after, strict=True))
+
+
+# Compilers
+
+# Above 32 pixels a side: PyTorch compiles maps of one row or column anew.
+COMPILED_SIZES = [
+    (33, 65), (97, 131), (64, 64), (128, 96), (40, 224), (224, 40), (160, 160), (75, 43), (256, 64),
+    (48, 80),
+]  # fmt: skip
+
+
+def check_ten_sizes(model, training):
+    """Compile a model, forward and backward, and hold it to eager results at ten sizes."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.train(training)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, size in enumerate(COMPILED_SIZES):
+        x = image(*size, batch=2 + i % 2)
+        with torch.set_grad_enabled(training):
+            outputs, expected = as_list(compiled(x)), as_list(model(x))
+        for o, e in zip(outputs, expected, strict=True):
+            assert relative_error(o, e) < 1e-5, size
+        if training:
+            actual = gradients(model, outputs)
+            assert gradient_error(actual, gradients(model, expected)) < 1e-5, size
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@every_name
+@main_forms
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_ten_sizes_compile_into_two_graphs_at_most(name, form, training):
+    check_ten_sizes(build(name, form, **ONE_BLOCK), training)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", smallest_of_families().values())
+def test_ten_sizes_of_all_blocks_compile_into_two_graphs_at_most(name):
+    check_ten_sizes(timm.create_model(name), training=True)
+
+
+@every_name
+def test_channels_last_images_compile_whole(name):
+    torch._dynamo.reset()
+    model = timm.create_model(name, **ONE_BLOCK).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = image(33, 65).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert relative_error(compiled(x), model(x)) < 1e-5
+
+
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="Inductor needs a C++ compiler on CPUs"
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if family == "CASViT" else pytest.mark.slow)
+        for family, name in smallest_of_families().items()
+    ],
+)
+def test_inductor_gives_the_same_maps_and_gradients(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = timm.create_model(name, features_only=True, **ONE_BLOCK).train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for size in [(65, 97), (128, 64)]:
+        x = image(*size, batch=2)
+        outputs, expected = compiled(x), model(x)
+        assert max(relative_error(o, e) for o, e in zip(outputs, expected, strict=True)) < 1e-4
+        actual = gradients(model, outputs)
+        assert gradient_error(actual, gradients(model, expected)) < 1e-4
+
+
+# Export
+
+
+def check_export(model, export_format, path):
+    """Export, or hold the family to the reason that it lists for not being exportable."""
+    family = next(m for m in model.modules() if isinstance(m, HierarchicalBackbone))
+    reason = export_files.reason_against(model, export_format)
+    is_onnx = export_format == "onnx"
+    export = export_files.export_onnx if is_onnx else export_files.export_program
+    options = dict(size=(64, 96), batch=2, dynamic=True)
+    if is_onnx and not export_files.has_onnx_exporter():
+        with pytest.raises(ImportError, match="torch 2.7"):
+            export(model, path, **options)
+    elif reason is not None:
+        assert reason and reason in " ".join(type(family).__doc__.split())
+        with pytest.raises(export_files.ExportError):
+            export(model, path, **options)
+        assert not path.exists()
+    else:
+        export(model, path, **options)
+        exported = (export_files.load_onnx if is_onnx else export_files.load_program)(path)
+        for batch, size in ((1, (97, 131)), (3, (320, 224))):
+            x = image(*size, batch=batch)
+            with torch.no_grad():
+                outputs, expected = exported(x), as_list(model(x))
+            for o, e in zip(outputs, expected, strict=True):
+                assert relative_error(o, e) < 1e-3, size
+
+
+@every_name
+@pytest.mark.parametrize("form", ["classifier", "getter"])
+@pytest.mark.parametrize("export_format", list(export_files.SUFFIXES))
+def test_it_is_exported_for_any_batch_and_size(name, form, export_format, settle, tmp_path):
+    check_export(settle(build(name, form)), export_format, tmp_path / "exported")
+
+
+@every_name
+def test_programs_run_on_other_devices(name):
+    model = build(name, "classifier", **ONE_BLOCK).eval()
+    if export_files.reason_against(model, "torch_export") is not None:
+        pytest.skip("not exported, to which the test above holds it")
+    program = export_files.trace(model, size=(64, 96), dynamic=True)
+    assert not [n for n in program.graph.nodes if "mkldnn" in str(n.target)]
+    moved = move_to_device_pass(program, "meta").module()
+    logits = moved(torch.empty(3, 3, 70, 99, device="meta"))
+    assert logits.device.type == "meta" and logits.shape == (3, 1000)
+
+
+class Branching(CASViT):
+    """CAS-ViT that cannot be exported: its branch depends on the image."""
+
+    unsupported_exports = {"torch_export": "its branch depends on the image"}
+
+    def forward(self, x):
+        return super().forward(x if x.mean() > 0 else -x)
+
+
+class Silent(Branching):
+    """CAS-ViT that does not say why."""
+
+
+class Stale(CASViT):
+    """CAS-ViT that claims: it takes no images of any size."""
+
+    unsupported_exports = {"torch_export": "it takes no images of any size"}
+
+
+@pytest.mark.parametrize("export_format", list(export_files.SUFFIXES))
+def test_families_that_cannot_be_exported_are_held_to_their_reason(export_format, tmp_path):
+    if export_format == "onnx" and not export_files.has_onnx_exporter():
+        pytest.skip("ONNX export takes torch 2.7 or newer")
+    small = ((1, 1, 1, 1), (8, 8, 8, 8))
+    check_export(Branching(*small).eval(), export_format, tmp_path / "exported")
+    with pytest.raises(AssertionError):
+        check_export(Silent(*small).eval(), export_format, tmp_path / "exported")
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check_export(Stale(*small).eval(), export_format, tmp_path / "exported")
