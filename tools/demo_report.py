@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from .demo_data import CLASSES, SEGMENTATION_CLASSES
-from .predict import Detections, LabelMap, draw, make_palette, read_image
+from .draw_predictions import Detections, LabelMap, draw, make_palette
+from .read_images import read_image
 
 _PICTURE_WIDTH = 288  # pixels
 _PACKAGES = ("torch", "torchvision", "timm", "mmengine", "mmcv", "mmdet", "mmseg", "numpy")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .demo_data import CLASSES, SEGMENTATION_CLASSES
 from .demo_report import segmentation_palette
-from .predict import make_palette
+from .draw_predictions import make_palette
 
 _SPLITS = {"train": "train", "val": "val", "test": "val"}  # of each loader
 
