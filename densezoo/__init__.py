@@ -6,10 +6,14 @@ Importing it registers every backbone in timm and, where mmengine is installed, 
 
 from importlib import import_module
 
-from . import backbones
-from ._version import __version__
-from .backbones import list_backbones
-from .kernels import mmcv_ops
+from ._interruption import end_commands_in_one_line
+
+end_commands_in_one_line()  # before the imports below, which take seconds
+
+from . import backbones  # noqa: E402
+from ._version import __version__  # noqa: E402
+from .backbones import list_backbones  # noqa: E402
+from .kernels import mmcv_ops  # noqa: E402
 
 mmcv_ops.install()
 

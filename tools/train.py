@@ -7,6 +7,8 @@ import importlib.util
 import logging
 from pathlib import Path
 
+from .ranks import check_launcher, launched_rank
+
 EXAMPLE = (
     "densezoo train retinanet_cas_vit_xs_fpn_1x_coco --amp\n"
     "  torchrun --nproc_per_node 8 -m densezoo train cas_vit_xs_8xb128_300e_in1k "
@@ -67,11 +69,15 @@ def run(args: argparse.Namespace) -> None:
         ValueError, OSError, ImportError: for a user's mistake, before any work is done.
     """
     require_mmengine()
+    check_launcher(args.launcher)
     from mmengine.logging import print_log
 
     from ..backbones.checkpoints import read_checkpoint
+    from ..layers.arguments import check_whole_number
     from .engine import checks
+    from .engine.annotation_checks import check_annotations
     from .engine.config_files import find_config, load_config, require_keys, walk_dicts
+    from .engine.process_group import process_group
     from .engine.runs import build_runner, run_loop
 
     cfg = load_config(args.config, args.cfg_options)
@@ -84,16 +90,17 @@ def run(args: argparse.Namespace) -> None:
     if args.amp:
         _enable_amp(cfg)
     if args.auto_scale_lr:
-        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
-            raise ValueError(f"config {args.config} has no auto_scale_lr.base_batch_size")
+        base = (cfg.get("auto_scale_lr") or {}).get("base_batch_size")
+        check_whole_number("auto_scale_lr.base_batch_size of the config", base, 1)
         cfg.auto_scale_lr.enable = True
 
     work_dir = Path(cfg.work_dir)
+    checks.check_settings(cfg, "train")
     checks.check_data(cfg, "train")
     resume_from = None
     if args.resume == "auto":
         resume_from = checks.find_last_checkpoint(work_dir)
-        if resume_from is None:
+        if resume_from is None and not launched_rank():
             print_log(f"{work_dir} holds nothing to resume; the run starts from the beginning")
     elif args.resume:
         resume_from = Path(args.resume)
@@ -113,15 +120,19 @@ def run(args: argparse.Namespace) -> None:
             f"checkpoint {cfg.load_from!r} has no state of an optimizer to resume; to start from "
             "its weights give --cfg-options load_from=FILE"
         )
+    notes = check_annotations(cfg, "train") if not launched_rank() else []
     goes_on = resume_from is not None and resume_from.resolve().parent == work_dir.resolve()
     checks.check_work_dir(work_dir, resume=goes_on)
 
-    runner = build_runner(cfg, "train")
-    if checkpoint:
-        checks.check_checkpoint(
-            runner.model, checkpoint, cfg.load_from, is_whole=resume_from is not None
-        )
-    run_loop(runner.train)
+    with process_group(cfg):
+        runner = build_runner(cfg, "train")
+        for note in notes:
+            print_log(note, runner.logger, logging.WARNING)
+        if checkpoint:
+            checks.check_checkpoint(
+                runner.model, checkpoint, cfg.load_from, is_whole=resume_from is not None
+            )
+        run_loop(runner.train)
     print_log(f"Logs and checkpoints are in {work_dir}", runner.logger, logging.INFO)
 
 

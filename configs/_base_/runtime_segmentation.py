@@ -10,3 +10,5 @@ default_hooks = dict(
 )
 log_processor = dict(by_epoch=False)
 visualizer = dict(type="SegLocalVisualizer")
+# What merges the views of tta_pipeline: it averages their probabilities.
+tta_model = dict(type="SegTTAModel")

@@ -146,11 +146,16 @@ def test_one_step_of_training_and_the_metrics_run(name, digits, tmp_path):
     cfg.default_hooks.checkpoint.by_epoch = False
     runner = build_runner(cfg, "train")
     before = {key: value.clone() for key, value in runner.model.named_parameters()}
+    with_gradient = set()
+    for key, value in runner.model.named_parameters():
+        value.register_post_accumulate_grad_hook(lambda _, key=key: with_gradient.add(key))
     runner.train()
     assert runner.iter == 1
     scalars = runner.message_hub.log_scalars
     assert torch.isfinite(torch.tensor(scalars["train/loss"].current()))
     assert any(key.startswith("val/") for key in scalars)
+    # Several processes wait for each parameter's gradient: none may be left out of a step.
+    assert with_gradient == set(before)
     # A bias that a norm in training mode takes away again has no gradient.
     matrices = {key for key, value in before.items() if value.ndim > 1}
     after = dict(runner.model.named_parameters())

@@ -88,6 +88,19 @@ def test_loader_of_shards_has_the_length_that_it_says(colours, num_workers, is_t
     assert (orders[0] != orders[1]) == is_training
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-inc1-n15", "original", "augmix-m10"])
+def test_augmentations_may_keep_no_bit_of_an_image(colours, policy):
+    # Pillow refuses that from version 13 on, and timm asks for it.
+    dataset = timm_dataset(
+        str(colours / "folder"),
+        is_training=True,
+        input_size=32,
+        transform=dict(auto_augment=policy),
+    )
+    for _ in range(20):
+        assert dataset[0]["inputs"].shape == (3, 32, 32)
+
+
 def test_missing_data_and_unknown_sizes_are_named(colours, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         timm_dataset(str(tmp_path / "nowhere"))

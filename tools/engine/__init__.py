@@ -7,15 +7,26 @@ data sets and metric, and the optimizer constructor with layer-wise learning-rat
 from .accuracy import TopKAccuracy
 from .classifier import ImageClassifier
 from .cpu import CpuAmpOptimWrapper
-from .image_data import epoch_seed_hook, timm_dataset
+from .image_data import timm_dataset
 from .layer_decay import LayerDecayOptimWrapperConstructor, timm_optimizer
+from .lazy_parts import (
+    RunnerFromConfig,
+    durable_checkpoint_hook,
+    reseed_hook,
+    stop_on_bad_loss_hook,
+)
+from .segmentor import dense_segmentor
 
 __all__ = [
     "CpuAmpOptimWrapper",
     "ImageClassifier",
     "LayerDecayOptimWrapperConstructor",
+    "RunnerFromConfig",
     "TopKAccuracy",
-    "epoch_seed_hook",
+    "dense_segmentor",
+    "durable_checkpoint_hook",
+    "reseed_hook",
+    "stop_on_bad_loss_hook",
     "timm_dataset",
     "timm_optimizer",
 ]

@@ -8,6 +8,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
 from ...backbones.registry import register_in_mmengine
+from ...layers.arguments import check_whole_number
 
 
 @register_in_mmengine(METRICS)
@@ -26,6 +27,10 @@ class TopKAccuracy(BaseMetric):
 
     def __init__(self, topk: Sequence[int] = (1, 5), **options) -> None:
         super().__init__(**options)
+        if not isinstance(topk, (list, tuple)) or not topk:
+            raise ValueError(f"topk is {topk!r}: a list of whole numbers is taken, such as (1, 5)")
+        for k in topk:
+            check_whole_number("an entry of topk", k, 1)
         self.topk = tuple(topk)
 
     def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
@@ -40,7 +45,13 @@ class TopKAccuracy(BaseMetric):
             self.results.append((rank, len(scores)))
 
     def compute_metrics(self, results: list[tuple[int, int]]) -> dict[str, float]:
-        """Turn the ranks of all images into percentages."""
+        """Turn the ranks of all images into percentages.
+
+        Raises:
+            ValueError: no image was evaluated.
+        """
+        if not results:
+            raise ValueError("no image was evaluated: check the data of the loop")
         num_classes = results[0][1]
         return {
             f"top{k}": 100 * sum(rank < k for rank, _ in results) / len(results)

@@ -5,17 +5,69 @@ Each raises a ValueError or an OSError of one line that says what to change.
 
 from __future__ import annotations
 
+import difflib
+import logging
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmengine.logging import print_log
+from mmengine.optim import OPTIMIZERS
 from torch import Tensor, nn
 
+from ...backbones.checkpoints import check_numbers, read_checkpoint
+from ...layers.arguments import check_mapping, check_number, check_whole_number
 from .config_files import walk_dicts
 from .image_data import TimmImages, TimmStream, reader_kind
 
 LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
 EVALUATORS = {"train": ("val_evaluator",), "test": ("test_evaluator",)}
+
+
+def check_settings(cfg: dict, task: str) -> None:
+    """Check the settings that mmengine takes as they come, and fails on late or not at all.
+
+    Args:
+        cfg: the config.
+        task: "train" or "test".
+
+    Raises:
+        ValueError: naming the first one that is no good, and what is taken.
+    """
+    parts = [("model", cfg["model"])]
+    loaders = [loader for loader in LOADERS[task] if cfg.get(loader)]
+    for loader in loaders:
+        check_mapping(loader, cfg[loader])
+        check_whole_number(f"{loader}.batch_size", cfg[loader].get("batch_size", 1), 1)
+        check_whole_number(f"{loader}.num_workers", cfg[loader].get("num_workers", 0), 0)
+        parts.append((f"{loader}.dataset", cfg[loader].get("dataset")))
+    for key, part in parts:
+        check_mapping(key, part)
+        if not isinstance(part.get("type"), str):
+            raise ValueError(f"{key}.type is {part.get('type')!r}: the name of a class is taken")
+    seed = (cfg.get("randomness") or {}).get("seed")
+    if seed is not None:
+        check_whole_number("the seed", seed, 0, 2**32 - 1)
+    if task == "train":
+        check_mapping("train_cfg", cfg["train_cfg"])
+        for name in ("max_epochs", "max_iters", "val_interval"):
+            if cfg["train_cfg"].get(name) is not None:
+                check_whole_number(f"train_cfg.{name}", cfg["train_cfg"][name], 1)
+        check_mapping("optim_wrapper", cfg["optim_wrapper"])
+        counts = cfg["optim_wrapper"].get("accumulative_counts", 1)
+        check_whole_number("optim_wrapper.accumulative_counts", counts, 1)
+        optimizer = cfg["optim_wrapper"].get("optimizer")
+        check_mapping("optim_wrapper.optimizer", optimizer)
+        kind = optimizer.get("type")
+        if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:
+            near = difflib.get_close_matches(kind, OPTIMIZERS.module_dict, n=3) or ["AdamW", "SGD"]
+            raise ValueError(
+                f"optim_wrapper.optimizer.type is {kind!r}, which is no optimizer; did you mean "
+                f"{', '.join(near)}?"
+            )
+        if "lr" in optimizer:
+            check_number("optim_wrapper.optimizer.lr", optimizer["lr"], 0)
 
 
 def _require(path: Path, key: str, what: str) -> None:
@@ -42,6 +94,8 @@ def check_data(cfg: dict, task: str) -> None:
             continue
         for key, dataset in walk_dicts(cfg[loader]["dataset"], f"{loader}.dataset"):
             if dataset.get("type") == "TimmDataset":
+                if not isinstance(dataset.get("root"), (str, os.PathLike)):
+                    raise ValueError(f"{key}.root is {dataset.get('root')!r}: a path is taken")
                 if reader_kind(dataset.get("name", "")) in ("", "wds"):
                     _require(Path(dataset["root"]), f"{key}.root", "data folder")
             elif "type" in dataset and ("ann_file" in dataset or "data_prefix" in dataset):
@@ -66,10 +120,11 @@ def _check_annotated(dataset: dict, key: str) -> None:
 
 
 def check_initial_weights(cfg: dict) -> None:
-    """Check that the files that ``init_cfg`` of the model starts from exist.
+    """Check that the files that ``init_cfg`` of the model starts from exist and can be read.
 
     Raises:
         FileNotFoundError: naming the file, the model and how to choose another or none.
+        ValueError: a file is no checkpoint, or holds more than one may.
     """
     for key, module in walk_dicts(cfg["model"], "model"):
         checkpoint = (module.get("init_cfg") or {}).get("checkpoint")
@@ -82,6 +137,7 @@ def check_initial_weights(cfg: dict) -> None:
                     f"{key}.init_cfg.checkpoint=FILE, or {key}.init_cfg=None to start from "
                     "random weights"
                 )
+            read_checkpoint(checkpoint)
 
 
 def check_work_dir(work_dir: Path, resume: bool) -> None:
@@ -111,13 +167,42 @@ def check_work_dir(work_dir: Path, resume: bool) -> None:
 def find_last_checkpoint(work_dir: Path) -> Path | None:
     """Find the checkpoint that ``--resume`` continues from; None if the work dir holds none.
 
-    A work dir that was moved is found too: the file name counts, not the recorded folder.
+    A work dir that was moved is found too: the file name counts, not the recorded folder. Where
+    ``last_checkpoint`` is missing, damaged or names a file that does not load, it is the newest
+    checkpoint in the folder that does, and the log says so.
     """
     record = work_dir / "last_checkpoint"
-    if not record.is_file():
+    recorded = record.read_bytes().decode(errors="replace").strip() if record.is_file() else ""
+    named = Path(recorded) if recorded and "\0" not in recorded else None
+    if named and not named.is_file():
+        named = work_dir / named.name
+    if named and _time_saved(named):
+        return named
+    others = {path: _time_saved(path) for path in work_dir.glob("*.pth")}
+    others = {path: time for path, time in others.items() if time}
+    if not others:
+        return named  # where it is damaged, reading it says what is wrong
+    newest = max(others, key=others.get)
+    reason = f"names {named}, which is not whole" if named else "is missing or damaged"
+    print_log(
+        f"{record} {reason}; the newest checkpoint beside it that can be resumed from is {newest}",
+        level=logging.WARNING,
+    )
+    return newest
+
+
+def _time_saved(path: Path) -> tuple[str, int] | None:
+    """Tell when a checkpoint was saved, as its own text and iteration; None if it can't be resumed.
+
+    The file's own date is that of the last copy.
+    """
+    try:
+        checkpoint = read_checkpoint(path)
+        if "optimizer" in checkpoint:
+            return str(checkpoint["meta"]["time"]), int(checkpoint["meta"]["iter"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    path = Path(record.read_text().strip())
-    return path if path.is_file() else work_dir / path.name
+    return None
 
 
 def check_checkpoint(
@@ -133,7 +218,7 @@ def check_checkpoint(
             resuming; otherwise half of them, as for fine-tuning.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if it does not, or holds NaN.
     """
     weights = checkpoint.get("state_dict", checkpoint)
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
@@ -149,6 +234,10 @@ def check_checkpoint(
         for key, tensor in expected.items()
         if isinstance(weights.get(key), Tensor) and weights[key].shape != tensor.shape
     ]
+    try:
+        check_numbers({key: weights[key] for key in expected.keys() - set(missing)})
+    except ValueError as error:
+        raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
     num_matched = len(expected) - len(missing) - len(reshaped)
     if num_matched == len(expected) or (not is_whole and 2 * num_matched >= len(expected)):
         return

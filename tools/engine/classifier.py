@@ -11,11 +11,13 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from ...backbones.checkpoints import read_checkpoint
+from ...backbones.mmlab import check_init_cfg
 from ...backbones.registry import (
     check_model_name,
     create_with_weights,
     register_in_mmengine,
 )
+from ...layers.arguments import check_flag, check_mapping, check_number, check_whole_number
 
 
 def build_loss(loss: dict) -> nn.Module:
@@ -37,7 +39,10 @@ def build_loss(loss: dict) -> nn.Module:
     name = options.pop("type", None)
     if name not in types:
         raise ValueError(f"loss type={name!r} is not one of {', '.join(types)}")
-    return types[name](**options)
+    try:
+        return types[name](**options)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"loss of type {name} has a wrong argument: {error}") from error
 
 
 @register_in_mmengine(MODELS)
@@ -86,6 +91,16 @@ class ImageClassifier(BaseModel):
         data_preprocessor: dict | None = None,
     ) -> None:
         check_model_name(model_name)
+        check_whole_number("num_classes", num_classes, 1)
+        if drop_path_rate is not None:
+            check_number("drop_path_rate", drop_path_rate, 0, 1)
+        check_flag("pretrained", pretrained)  # a file goes into init_cfg
+        check_init_cfg(init_cfg)
+        reserved = ("num_classes", "features_only", "pretrained", "drop_path_rate")
+        check_mapping("model_kwargs", {} if model_kwargs is None else model_kwargs, reserved)
+        for name, part in (("loss", loss), ("mixup", mixup), ("random_erasing", random_erasing)):
+            if part is not None:
+                check_mapping(name, part)
         self.create_args = {
             "num_classes": num_classes,
             **({} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}),
@@ -107,13 +122,17 @@ class ImageClassifier(BaseModel):
 
         if loss is None:
             loss = {"type": "SoftTargetCrossEntropy" if mixup else "CrossEntropyLoss"}
-        if mixup and loss["type"] in ("LabelSmoothingCrossEntropy", "JsdCrossEntropy"):
+        if mixup and loss.get("type") in ("LabelSmoothingCrossEntropy", "JsdCrossEntropy"):
             raise ValueError(
                 f"loss type={loss['type']!r} takes no soft targets, which mixup makes; use "
                 "SoftTargetCrossEntropy (mixup has label_smoothing) or BinaryCrossEntropy"
             )
         self.criterion = build_loss(loss)
-        self.mixup = Mixup(**mixup, num_classes=num_classes) if mixup else None
+        try:
+            self.mixup = Mixup(**mixup, num_classes=num_classes) if mixup else None
+            RandomErasing(**(random_erasing or {}), device="cpu")
+        except (TypeError, AssertionError) as error:
+            raise ValueError(f"mixup or random_erasing has a wrong argument: {error}") from error
         self.random_erasing = random_erasing
 
     def init_weights(self) -> None:
@@ -144,6 +163,7 @@ class ImageClassifier(BaseModel):
         self,
         inputs: Tensor,
         labels: Tensor | None = None,
+        img_path: list[str] | None = None,
         data_samples: None = None,
         mode: str = "tensor",
     ) -> dict[str, Tensor] | list[dict[str, Tensor]] | Tensor | tuple[Tensor, Tensor]:
@@ -152,11 +172,17 @@ class ImageClassifier(BaseModel):
         Args:
             inputs: (B, C, H, W), normalised.
             labels: (B,), class indices; needed by mode "loss".
+            img_path: not used; where the images come from, for messages.
             data_samples: not used; mmengine's preprocessor adds it to each batch.
             mode: "loss" gives a dict of losses, "predict" one dict for each image (`pred_scores`
                 (num_classes,) and, where labels are given, `gt_label`), "tensor" what the model
                 returns.
         """
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+            found = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ValueError(f"the inputs are {found}: a tensor (B, C, H, W) is taken")
+        if mode == "loss" and not isinstance(labels, Tensor):
+            raise ValueError(f"labels is {labels!r}: a tensor (B,) of classes is needed for a loss")
         if mode == "loss":
             return self.loss(inputs, labels)
         logits = self.backbone(inputs)

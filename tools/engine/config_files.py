@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import inspect
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from mmengine.config import Config, DictAction
 from ... import configs
 
 CONFIG_ROOT = Path(configs.__file__).parent
+CONFIG_SUFFIXES = (".py", ".json", ".yaml", ".yml")
 # Keys that mmengine's Runner and the launchers read beside the Runner's own arguments.
 RUNNER_KEYS = (
     "activation_checkpointing",
@@ -37,15 +39,22 @@ def find_config(config: str) -> Path:
 
     Raises:
         FileNotFoundError: if it is neither; names the nearest shipped ones.
+        IsADirectoryError, ValueError: if it is a folder, or a file of another kind.
     """
     path = Path(config)
     if path.is_file():
+        if path.suffix not in CONFIG_SUFFIXES:
+            raise ValueError(
+                f"config {config!r} is a file of another kind; give one of {CONFIG_SUFFIXES}"
+            )
         return path
+    if path.is_dir() and config:
+        raise IsADirectoryError(f"config {config!r} is a folder; name a config file in it")
     shipped = shipped_configs()
     name = path.name.removesuffix(".py")
     if name in shipped and len(path.parts) == 1:
         return shipped[name]
-    near = difflib.get_close_matches(name, shipped, n=4, cutoff=0.5) or list(shipped)
+    near = difflib.get_close_matches(name, shipped, n=4, cutoff=0.5) or list(shipped)[:4]
     raise FileNotFoundError(
         f"config {config!r} is neither a file nor a config of densezoo; nearest: {', '.join(near)}"
     )
@@ -66,6 +75,7 @@ def load_config(config: str, cfg_options: Sequence[str] = ()) -> Config:
             config has.
     """
     path = find_config(config)
+    _check_bases(path, ())
     try:
         cfg = Config.fromfile(path)
     except ModuleNotFoundError as error:
@@ -73,13 +83,49 @@ def load_config(config: str, cfg_options: Sequence[str] = ()) -> Config:
             f"config {path} needs a package that is missing ({error}); "
             "pip install 'densezoo[openmmlab]' installs all of them"
         ) from error
-    except (OSError, ImportError):
+    except ImportError as error:
+        raise ImportError(
+            f"config {path}: {str(error).partition(', the current')[0]}; check its custom_imports, "
+            "or add the folder of the module to PYTHONPATH"
+        ) from error
+    except OSError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # The config is a program of the user's: whatever it raises is a mistake in it.
         raise ValueError(f"config {path} can't be read: {type(error).__name__}: {error}") from error
     apply_options(cfg, cfg_options)
     return cfg
+
+
+def _check_bases(path: Path, heirs: tuple[Path, ...]) -> None:
+    """Check that what a Python config inherits is there, and does not inherit the config.
+
+    mmengine goes round in a circle until the stack is full, which takes long.
+    """
+    try:
+        statements = ast.parse(path.read_bytes()).body if path.suffix == ".py" else ()
+        inherited = [
+            ast.literal_eval(statement.value)
+            for statement in statements
+            if isinstance(statement, ast.Assign)
+            and any(isinstance(t, ast.Name) and t.id == "_base_" for t in statement.targets)
+        ]
+    except (SyntaxError, ValueError):
+        return  # reading it says what is wrong, or how its _base_ is computed
+    for bases in inherited:
+        for base in [bases] if isinstance(bases, str) else bases:
+            if "::" in base or ":/" in base:
+                continue  # of another package, or on a remote store
+            base_path = (path.parent / base).resolve()
+            if base_path in (*heirs, path.resolve()):
+                raise ValueError(
+                    f"config {path} inherits {base}, which inherits it in turn: check their _base_"
+                )
+            if not base_path.is_file():
+                raise FileNotFoundError(
+                    f"config {path} inherits {base}, which does not exist: check its _base_"
+                )
+            _check_bases(base_path, (*heirs, path.resolve()))
 
 
 def apply_options(cfg: Config, cfg_options: Sequence[str]) -> None:
@@ -94,8 +140,8 @@ def apply_options(cfg: Config, cfg_options: Sequence[str]) -> None:
     known = [*cfg.keys(), *inspect.signature(Runner.__init__).parameters, *RUNNER_KEYS]
     for option in cfg_options:
         key, equals, _ = option.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--cfg-options takes KEY=VALUE, got {option!r}")
+        if not equals or not all(key.split(".")):
+            raise ValueError(f"--cfg-options takes KEY=VALUE, as in a.b=1, got {option!r}")
         first = key.split(".")[0]
         if first not in known:
             near = difflib.get_close_matches(first, set(known), n=3)
@@ -107,8 +153,11 @@ def apply_options(cfg: Config, cfg_options: Sequence[str]) -> None:
     parser.add_argument("--cfg-options", nargs="+", action=DictAction)
     try:
         cfg.merge_from_dict(parser.parse_args(["--cfg-options", *cfg_options]).cfg_options)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--cfg-options {' '.join(cfg_options)}: {error.args[0]}") from error
+    except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
+        reason = str(error.args[0] if error.args else error).partition(" [{")[0]
+        raise ValueError(
+            f"--cfg-options {' '.join(cfg_options)} does not fit the config: {reason}"
+        ) from error
 
 
 def walk_dicts(value: object, prefix: str = "") -> Iterator[tuple[str, dict]]:

@@ -6,11 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
 from ...backbones.registry import register_in_mmengine
+from ..ranks import launched_rank
+from .config_files import walk_dicts
+
+# What norm_cfg calls layers of mmcv that average over processes.
+SYNCHRONISED = ("SyncBN", "MMSyncBN")
 
 
 @register_in_mmengine(OPTIM_WRAPPERS)
@@ -30,8 +36,9 @@ class CpuAmpOptimWrapper(OptimWrapper):
 def adapt_to_cpu(cfg: dict) -> None:
     """Change what a config asks of a GPU into what a CPU can do, in place.
 
-    Mixed precision becomes bfloat16, no memory is pinned, and with a launcher the processes talk
-    through gloo. Does nothing on a machine with a GPU.
+    Mixed precision becomes bfloat16, and no memory is pinned. The processes of a launcher hold
+    their models on the CPU, where PyTorch has no BatchNorm with statistics over all of them, so
+    that each takes those of its own images. Does nothing on a machine with a GPU.
     """
     if torch.cuda.is_available():
         return
@@ -43,11 +50,25 @@ def adapt_to_cpu(cfg: dict) -> None:
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if cfg.get(loader):
             cfg[loader]["pin_memory"] = False
-    if cfg.get("launcher", "none") == "pytorch":
-        # mmengine's own set-up selects a GPU; it is skipped when the processes are connected.
-        torch.distributed.init_process_group("gloo")
+    if cfg.get("launcher", "none") != "none":
+        _use_local_batch_norm(cfg)
         cfg["model_wrapper_cfg"] = {
             "type": "MMDistributedDataParallel",
             "device_ids": None,
             "broadcast_buffers": False,
+            "find_unused_parameters": cfg.get("find_unused_parameters", False),
+            **(cfg.get("model_wrapper_cfg") or {}),
         }
+
+
+def _use_local_batch_norm(cfg: dict) -> None:
+    """Replace BatchNorm that is synchronised over processes by the ordinary one, in place."""
+    norms = [norm for _, norm in walk_dicts(cfg["model"]) if norm.get("type") in SYNCHRONISED]
+    for norm in norms:
+        norm["type"] = "BN"
+    if (norms or cfg.get("sync_bn")) and not launched_rank():
+        print_log(
+            "SyncBatchNorm works on GPUs only: on the CPU each process trains its BatchNorm with "
+            "the statistics of its own images"
+        )
+    cfg["sync_bn"] = None

@@ -6,3 +6,7 @@ class RunStopped(ValueError):
 
     The command shows the message as one line, without the traceback of a defect.
     """
+
+    def __init__(self, message: str) -> None:
+        # PyTorch raises a loading process's error anew, with its whole traceback as the message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())

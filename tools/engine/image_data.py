@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from mmengine.registry import DATASETS, HOOKS
+from mmengine.registry import DATASETS
+from PIL import Image
+from timm.data import auto_augment
+from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torchvision.transforms import Compose
 
 from ...backbones.registry import register_in_mmengine
+from .seeding import SHUFFLE, STREAM, generators_of, mix
 
 if TYPE_CHECKING:
-    from mmengine.hooks import Hook
+    from .shards import NamedShards
+from ...layers.arguments import check_flag, check_mapping, check_whole_number
 
 # Readers of timm that can only be iterated, so that no sampler may shuffle them.
 STREAMS = ("wds", "tfds", "hfids")
@@ -51,17 +59,51 @@ class TimmImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        image, label = self.images[index][:2]
-        return {"inputs": torch.as_tensor(image), "labels": int(label)}
+    def __getitem__(self, index: int) -> dict[str, Tensor | int | str]:
+        if not hasattr(self.images, "reader"):  # torchvision's data sets
+            image, label = self.images[index][:2]
+            return {"inputs": torch.as_tensor(image), "labels": int(label)}
+        # timm's own way would put the next image in the place of one that can't be read.
+        file, label = self.images.reader[index][:2]
+        with file, Image.open(file) as image:
+            image = image.convert(self.images.input_img_mode or image.mode)
+        image = torch.as_tensor(self.images.transform(image))
+        label = -1 if label is None else int(label)
+        return {"inputs": image, "labels": label, "img_path": self.name_of(index)}
+
+    def name_of(self, index: int) -> str:
+        """Name an image: its path, or that in the archive, or its row where it has none."""
+        reader = self.images.reader
+        if not hasattr(reader, "samples"):
+            return f"row {index} of {reader.split}"
+        name = reader.filename(index, absolute=True)
+        return name if os.path.isabs(name) or os.path.exists(name) else f"{reader.root}: {name}"
+
+    def read_bytes(self, index: int) -> bytes:
+        """Read the file of an image, undecoded."""
+        with self.images.reader[index][0] as file:
+            return file.read()
 
 
 class TimmStream(IterableDataset):
-    """Images of a timm data set that can only be iterated; see :func:`timm_dataset`."""
+    """Images of a timm data set that can only be iterated; see :func:`timm_dataset`.
 
-    def __init__(self, images: IterableDataset, class_names: tuple[str, ...]) -> None:
+    Attributes:
+        epoch: counted by the training loop, known to the workers too.
+        on_unreadable: called with the name of an image of a shard that can't be decoded and the
+            reason, before it is left out; None raises. A shard that can't be read always does.
+    """
+
+    def __init__(
+        self, images: IterableDataset, class_names: tuple[str, ...], *, is_sharded: bool = False
+    ) -> None:
         self.images = images
         self.metainfo = {"classes": class_names}
+        self.on_unreadable: Callable[[str, str], None] | None = None
+        self._is_sharded = is_sharded
+        self._shards: NamedShards | None = None
+        self._epoch = SharedCount()
+        self._seed: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         # In training a reader gives each worker the same number of whole batches, which its own
@@ -71,13 +113,45 @@ class TimmStream(IterableDataset):
             return len(reader)
         return reader.num_samples
 
-    def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
-        for image, label in self.images:
-            yield {"inputs": torch.as_tensor(image), "labels": int(label)}
+    def __iter__(self) -> Iterator[dict[str, Tensor | int | str]]:
+        info = get_worker_info()
+        place = (self.epoch, *(self._seed or (0, 0)), info.id if info else 0)
+        images = self._start_reader(place)
+        for number in itertools.count():
+            with generators_of(STREAM, *place, number) if self._seed else nullcontext():
+                image, label = next(images, (None, None))
+            if image is None:
+                return
+            sample = {"inputs": torch.as_tensor(image), "labels": int(label)}
+            yield {**sample, "img_path": self._shards.name} if self._shards else sample
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration is of, in whatever process."""
+        return self._epoch.value
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the reader the epoch, from which it derives the order of shards and images."""
+        """Set the epoch, from which the order of shards and images is derived."""
+        self._epoch.value = epoch
         self.images.set_epoch(epoch)
+
+    def seed_stream(self, seed: int, rank: int) -> None:
+        """Make order and transforms of images a function of (seed, epoch, rank, worker).
+
+        Of the readers of timm this holds for WebDataset shards; of the others it does where they
+        draw from the generators of Python, NumPy and torch, or are told the epoch.
+        """
+        self._seed = (seed, rank)
+
+    def _start_reader(self, place: tuple[int, ...]) -> Iterator[tuple]:
+        """Begin an iteration of timm's reader."""
+        reader = self.images.reader
+        if self._is_sharded:
+            from .shards import NamedShards
+
+            seed = mix(SHUFFLE, *place) if self._seed else None
+            self._shards = NamedShards(reader, self.on_unreadable, seed)
+        return iter(self.images)
 
 
 def _class_names(reader: object) -> tuple[str, ...]:
@@ -88,6 +162,22 @@ def _class_names(reader: object) -> tuple[str, ...]:
         if indices:
             return tuple(sorted(indices, key=indices.get))
     return ()
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
+    """Posterize as timm does, with a black image where no bit is kept."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **options)
+
+
+def _accept_no_bits(transform: Compose) -> None:
+    """Let timm's augmentations keep no bit of an image, which Pillow refuses from version 13 on."""
+    for step in transform.transforms:
+        policies = getattr(step, "policy", None) or [getattr(step, "ops", ())]
+        for operation in itertools.chain.from_iterable(policies):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
 
 
 @register_in_mmengine(DATASETS, "TimmDataset")
@@ -105,8 +195,9 @@ def timm_dataset(
 ) -> TimmImages | TimmStream:
     """Create a data set with ``timm.data.create_dataset`` and ``timm.data.create_transform``.
 
-    Samples are ``dict(inputs=(C, H, W) uint8, labels=int)``: normalising is left to the model's
-    preprocessor, random erasing to the classifier, which do both on the device.
+    Samples are ``dict(inputs=(C, H, W) uint8, labels=int, img_path=str)``, the last where the
+    reader knows files: normalising is left to the model's preprocessor, random erasing to the
+    classifier, which do both on the device.
 
     Args:
         root: the folder of class folders (or of one folder for each split), the tar file of class
@@ -132,6 +223,17 @@ def timm_dataset(
     """
     from timm.data import create_dataset, create_transform
 
+    for key, value in (("name", name), ("split", split), ("root", root)):
+        if not isinstance(value, (str, os.PathLike) if key == "root" else str):
+            raise ValueError(f"{key} of the data set is {value!r}: text is taken")
+    check_flag("is_training of the data set", is_training)
+    if isinstance(input_size, (list, tuple)) and len(input_size) != 2:
+        raise ValueError(
+            f"input_size of the data set is {input_size}: one number of pixels, or two, is taken"
+        )
+    for number in input_size if isinstance(input_size, (list, tuple)) else [input_size]:
+        check_whole_number("input_size of the data set", number, 1)
+    check_mapping("transform of the data set", transform or {}, ("input_size", "is_training"))
     kind = reader_kind(name)
     package = READER_PACKAGES.get(kind)
     if package and importlib.util.find_spec(package) is None:
@@ -146,15 +248,22 @@ def timm_dataset(
         options = {**options, "batch_size": batch_size}
     try:
         images = create_dataset(name, root, split=split, is_training=is_training, **options)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the data set in root={root!r} (split={split!r}): {error}") from error
 
-    images.transform = create_transform(
-        input_size=input_size,
-        is_training=is_training,
-        normalize=False,
-        **(transform or {}),
-    )
+    try:
+        images.transform = create_transform(
+            input_size=input_size,
+            is_training=is_training,
+            normalize=False,
+            **(transform or {}),
+        )
+    except (KeyError, TypeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"the transform of the data set in root={root!r} can't be made of {transform}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    _accept_no_bits(images.transform)
     class_names = _class_names(getattr(images, "reader", None))
     if not loads_as_stream:
         return TimmImages(images, class_names)
@@ -165,7 +274,7 @@ def timm_dataset(
         )
     # Without workers the loading process is the one worker that there is.
     images.set_loader_cfg(num_workers=max(1, num_workers))
-    return TimmStream(images, class_names)
+    return TimmStream(images, class_names, is_sharded=kind == "wds")
 
 
 def fit_stream_loaders(cfg: dict) -> None:
@@ -180,12 +289,3 @@ def fit_stream_loaders(cfg: dict) -> None:
             loader["sampler"] = None
             loader["dataset"]["batch_size"] = loader["batch_size"]
             loader["dataset"]["num_workers"] = loader.get("num_workers", 0)
-
-
-@register_in_mmengine(HOOKS, "EpochSeedHook")
-def epoch_seed_hook(**options) -> Hook:
-    """Build mmengine's DistSamplerSeedHook, made to tell data sets that iterate the epoch too."""
-    # mmengine.hooks imports OpenCV, which `import densezoo` is not to pay for.
-    from .epoch_hook import EpochSeedHook
-
-    return EpochSeedHook(**options)

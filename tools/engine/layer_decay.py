@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from fnmatch import fnmatch
 
 import timm
@@ -12,6 +13,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...backbones.registry import register_in_mmengine
+from ...layers.arguments import check_flag, check_number
+
+_OWN_KEYS = ("layer_decay", "min_scale", "weight_decay_exclude_1d")
+_KEYS_OF_MMENGINE = (
+    "custom_keys",
+    "bias_lr_mult",
+    "bias_decay_mult",
+    "norm_decay_mult",
+    "flat_decay_mult",
+    "dwconv_decay_mult",
+    "dcn_offset_lr_mult",
+    "bypass_duplicate",
+)
 
 
 def _dotted(name: str) -> str:
@@ -76,16 +90,31 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       mmengine that sets a parameter's weight decay goes before this one.
 
     Raises:
-        ValueError: if `layer_decay` is not in (0, 1], or the model has no backbone.
+        ValueError: if `layer_decay` is not in (0, 1], a key is unknown (mmengine's own constructor
+            passes over it), or the model has no backbone.
     """
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of `model`, which may be wrapped for distributed training."""
         # mmengine calls add_params only for a paramwise_cfg that is not empty.
         self.paramwise_cfg = {"layer_decay": 1.0, **self.paramwise_cfg}
+        known = (*_OWN_KEYS, *_KEYS_OF_MMENGINE)
+        for key in self.paramwise_cfg:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=2) or known
+                raise ValueError(
+                    f"paramwise_cfg.{key} is not known; did you mean {', '.join(near)}?"
+                )
         self.layer_decay = self.paramwise_cfg["layer_decay"]
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"paramwise_cfg.layer_decay={self.layer_decay} is not in (0, 1]")
+        if type(self.layer_decay) not in (int, float) or not 0 < self.layer_decay <= 1:
+            raise ValueError(
+                f"paramwise_cfg.layer_decay={self.layer_decay!r} is not a number in (0, 1]"
+            )
+        check_number("paramwise_cfg.min_scale", self.paramwise_cfg.get("min_scale", 0.0), 0, 1)
+        check_flag(
+            "paramwise_cfg.weight_decay_exclude_1d",
+            self.paramwise_cfg.get("weight_decay_exclude_1d", True),
+        )
         return super().__call__(model)
 
     def add_params(
@@ -142,6 +171,6 @@ def timm_optimizer(params: list[dict], opt: str, lr: float, **options) -> Optimi
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    if opt.lower() not in list_optimizers():
+    if not isinstance(opt, str) or opt.lower() not in list_optimizers():
         raise ValueError(f"opt={opt!r} is not an optimizer of timm: {', '.join(list_optimizers())}")
     return create_optimizer_v2(params, opt=opt, lr=lr, **options)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from .checks import check_classes
 from .cpu import adapt_to_cpu
+from .errors import RunStopped
 from .image_data import fit_stream_loaders
+from .process_group import check_equal_lengths
+from .runner import DurableRunner
+from .seeding import unwrapped
+
+# A disk or a quota that is full, a limit on the size of files, a disk that became read-only.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def build_runner(cfg: Config, task: str) -> Runner:
+def build_runner(cfg: Config, task: str) -> DurableRunner:
     """Build the Runner of a config with its data, so that mistakes show before any work is done.
 
     Args:
@@ -20,12 +27,13 @@ def build_runner(cfg: Config, task: str) -> Runner:
         task: "train" (with validation) or "test".
 
     Raises:
-        ValueError: if a part of the config can't be built, or the data has no image.
+        ValueError: if a part of the config can't be built, the data has no image, or processes
+            would run through different numbers of batches.
     """
     adapt_to_cpu(cfg)
     fit_stream_loaders(cfg)
     try:
-        runner = Runner.from_cfg(cfg)
+        runner = DurableRunner.from_cfg(cfg)
         loops = [runner.train_loop, runner.val_loop] if task == "train" else [runner.test_loop]
     except (KeyError, TypeError, AssertionError, AttributeError) as error:
         # What mmengine's registries raise for names and arguments that a config got wrong.
@@ -38,7 +46,14 @@ def build_runner(cfg: Config, task: str) -> Runner:
                 f"{type(loop).__name__}: check its folders, and that metainfo.classes names the "
                 "classes of the annotation file"
             )
-    check_classes([loop.dataloader.dataset for loop in filter(None, loops)], runner.model)
+        if not len(loop.dataloader):
+            raise ValueError(
+                f"{type(loop).__name__} has no batch: its data has {len(loop.dataloader.dataset)} "
+                "images, which drop_last leaves out as less than a batch; lower batch_size"
+            )
+    check_equal_lengths(list(filter(None, loops)))
+    datasets = [unwrapped(loop.dataloader.dataset) for loop in filter(None, loops)]
+    check_classes(datasets, runner.model)
     return runner
 
 
@@ -46,10 +61,19 @@ def run_loop(loop: Callable[[], object]) -> object:
     """Run ``runner.train`` or ``runner.test``.
 
     Raises:
+        RunStopped: for what ends a run on purpose, and for a disk that is full.
         RuntimeError: for what the command takes for mistakes in its arguments. Those were checked
             before, so this one is of the run, and its traceback is wanted.
     """
     try:
         return loop()
+    except RunStopped:
+        raise
     except (ValueError, OSError, ImportError) as error:
+        if getattr(error, "errno", None) in _NO_ROOM:
+            where = f"{error.filename!r}" if error.filename else "a file of the work dir"
+            raise RunStopped(
+                f"the run stopped, since {where} can't be written ({error.strerror}): make room, "
+                "then run the command again, `train` with --resume"
+            ) from error
         raise RuntimeError(f"the run stopped: {error}") from error

@@ -1,7 +1,7 @@
 """ADE20K, ``data/ade/ADEChallengeData2016/{images,annotations}``: 4 crops of 512 on each GPU.
 
 Testing resizes the short side to 512 pixels (the long one to 2048 at most), then both sides up to
-multiples of 32.
+multiples of 32. With ``--tta`` it averages over 6 multiples of that size, flipped and not.
 """
 
 dataset_type = "ADE20KDataset"
@@ -23,6 +23,22 @@ test_pipeline = [
     # Loaded after the resizing, which is not for the ground truth.
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="PackSegInputs"),
+]
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(type="Resize", scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
+                for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+            ],
+            [dict(type="ResizeToMultiple", size_divisor=32)],
+            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
+            [dict(type="LoadAnnotations", reduce_zero_label=True)],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
 ]
 train_dataloader = dict(
     batch_size=4,

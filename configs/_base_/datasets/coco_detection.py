@@ -1,4 +1,7 @@
-"""COCO boxes, ``data/coco/{annotations,train2017,val2017}``: 4 images of 1333 x 800 on each GPU."""
+"""COCO boxes, ``data/coco/{annotations,train2017,val2017}``: 4 images of 1333 x 800 on each GPU.
+
+With ``--tta`` testing merges the boxes of 3 sizes, flipped and not.
+"""
 
 dataset_type = "CocoDataset"
 data_root = "data/coco/"
@@ -17,6 +20,21 @@ test_pipeline = [
     dict(
         type="PackDetInputs",
         meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+    ),
+]
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(type="Resize", scale=scale, keep_ratio=True)
+                for scale in ((1333, 800), (666, 400), (2000, 1200))
+            ],
+            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
+            [dict(type="LoadAnnotations", with_bbox=True)],
+            [dict(type="PackDetInputs")],
+        ],
     ),
 ]
 train_dataloader = dict(

@@ -4,7 +4,7 @@ The leaf names the backbone, the neck's in_channels and the number of classes.
 """
 
 model = dict(
-    type="EncoderDecoder",
+    type="DenseSegmentor",
     data_preprocessor=dict(
         type="SegDataPreProcessor",
         mean=[123.675, 116.28, 103.53],
