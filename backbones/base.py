@@ -385,13 +385,13 @@ class HierarchicalBackbone(nn.Module):
         take = absolute_indices(indices, len(self.stages))
         image = x
         x = self._run_stem(x)
-        maps: list[torch.Tensor | None] = []
+        maps = []
         last = max(take) if stop_early or intermediates_only else len(self.stages) - 1
         for i, stage in enumerate(self.stages):
             if i > last:
                 break
             x = stage(x)
-            maps.append(x if i in take else None)
+            maps.append(x)  # all: torch 2.6's compiler cannot tell which are in `take`
         if last == len(self.feature_info) - 1 and (norm or not intermediates_only):
             x = self.norm(x)
             if norm:
