@@ -24,7 +24,7 @@ from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.arguments import check_flag, check_number, check_whole_number
+from ..layers.arguments import check_flag, check_number, check_whole_number, is_whole_number
 from ..layers.conv import prefers_channels_last
 
 _POOL_TYPES = ("avg", "max", "avgmax", "catavgmax")
@@ -59,9 +59,12 @@ def _mismatch_named(x: torch.Tensor, module: nn.Module) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         weight = next(module.parameters(), None)
-        for name in ("device", "dtype"):
+        is_cast = torch.is_autocast_enabled(x.device.type)
+        for name in ("device",) if is_cast else ("device", "dtype"):
             own, wanted = getattr(x, name), getattr(weight, name, None)
             if wanted is not None and own != wanted:
                 advice = "bring one to the other's with .to()"
@@ -91,7 +94,7 @@ def check_arguments(
     """Raise a ValueError that names the first of a constructor's arguments that is no good."""
     for name, value in (("depths", depths), ("dims", dims)):
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        if not is_list or len(value) != 4 or any(type(n) is not int or n < 1 for n in value):
+        if not is_list or len(value) != 4 or not all(is_whole_number(n) and n > 0 for n in value):
             raise ValueError(f"{name} is {value!r}: four whole numbers of at least 1 are taken")
     check_whole_number("in_chans", in_chans, 1)
     check_number("drop_path_rate", drop_path_rate, 0, 1)

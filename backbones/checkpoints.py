@@ -78,19 +78,63 @@ def _history_method(owner: type, name: str) -> Callable:
     return getattr(HistoryBuffer, name)
 
 
+class _NumberDtype:
+    """Stand in for numpy.dtype, whose state could make NumPy take a file's bytes for pointers."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.number = np.dtype(str(code))
+        if self.number.kind not in "biufcSU":
+            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL numpy.dtype of {code}")
+
+    def __setstate__(self, state: tuple) -> None:
+        _, byteorder, subarray, names, fields, *_ = state
+        if (subarray, names, fields) != (None, None, None):
+            raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.dtype with fields")
+        self.number = self.number.newbyteorder(byteorder)
+
+
+class _ArrayClass:
+    """Stand in for numpy.ndarray where a file names it for `_new_array`."""
+
+
+class _NumberArray(np.ndarray):
+    """An array of numbers as it is unpickled; pickled again, it is a plain one."""
+
+    def __new__(cls) -> _NumberArray:
+        return super().__new__(cls, (0,), "b")
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, dtype, is_fortran, data = state
+        if not isinstance(dtype, _NumberDtype):
+            raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.ndarray of objects")
+        super().__setstate__((version, shape, dtype.number, is_fortran, data))
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
+
+def _new_array(*_: object) -> _NumberArray:
+    """Stand in for what NumPy starts an unpickled array with."""
+    return _NumberArray()
+
+
+def _new_scalar(dtype: _NumberDtype, data: bytes) -> np.generic:
+    """Stand in for what NumPy makes a scalar of."""
+    return np.frombuffer(data, dtype.number, count=1)[0]
+
+
 def _allowed_globals() -> list:
     """What a checkpoint may hold beside what PyTorch itself takes for weights."""
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    numbers = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
     allowed = [
         argparse.Namespace,
         slice,
-        np.dtype,
-        np.ndarray,
-        multiarray._reconstruct,
-        multiarray.scalar,
-        *numbers,
+        _NumberArray,
+        (_NumberDtype, "numpy.dtype"),
+        (_ArrayClass, "numpy.ndarray"),
     ]
+    for core in ("numpy.core", "numpy._core"):  # before and from NumPy 2
+        allowed.append((_new_array, f"{core}.multiarray._reconstruct"))
+        allowed.append((_new_scalar, f"{core}.multiarray.scalar"))
     if importlib.util.find_spec("mmengine") is not None:
         from mmengine.config import ConfigDict
         from mmengine.logging import HistoryBuffer

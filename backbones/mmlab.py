@@ -79,8 +79,21 @@ class _SafeTorch(ModuleType):
         """Load a checkpoint with the zoo's reader, whatever the options say."""
         if isinstance(file, (str, Path)):
             # In memory: a run keeps the tensors longer than the file may live.
-            return read_checkpoint(file, map_location=map_location, mmap=False)
-        return load_safely(file, "the checkpoint", map_location=map_location)
+            checkpoint = read_checkpoint(file, map_location=map_location, mmap=False)
+        else:
+            checkpoint = load_safely(file, "the checkpoint", map_location=map_location)
+        return _without_code(checkpoint)
+
+
+def _without_code(checkpoint: dict) -> dict:
+    """Drop the text that mmengine's Runner would run as a config, as it resumes.
+
+    No version of mmengine writes it under that name.
+    """
+    meta = checkpoint.get("meta")
+    if isinstance(meta, dict):
+        meta.pop("config", None)
+    return checkpoint
 
 
 def _load_url_safely(
@@ -91,7 +104,7 @@ def _load_url_safely(
 ) -> dict:
     """Stand in for torch.utils.model_zoo.load_url, which unpickles whatever comes."""
     path = download_checkpoint(url, cache_dir=model_dir, progress=progress)
-    return read_checkpoint(path, map_location=map_location, mmap=False)
+    return _without_code(read_checkpoint(path, map_location=map_location, mmap=False))
 
 
 def read_mmengine_checkpoints_safely() -> None:
@@ -116,6 +129,25 @@ def read_mmengine_checkpoints_safely() -> None:
         )
     mmengine_checkpoint.torch = _SafeTorch()
     mmengine_checkpoint.load_url = _load_url_safely
+
+
+def read_from_anywhere(path: str | Path) -> dict:
+    """Read a checkpoint file, or what a URL of one of mmengine's schemes names; see above.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint that can be read safely, or not listed.
+    """
+    if "://" not in str(path):
+        return read_checkpoint(path)
+    # Costs as much to import as the rest of densezoo.
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    read_mmengine_checkpoints_safely()
+    try:
+        return CheckpointLoader.load_checkpoint(str(path), map_location="cpu")
+    except KeyError as error:
+        raise ValueError(f"{path} is no checkpoint that is listed: {error}") from error
 
 
 @register_in_mmengine(MODELS)
@@ -301,18 +333,7 @@ class DenseBackbone(BaseModule):
             FileNotFoundError: there is no such file.
             ValueError: the weights belong to another model.
         """
-        if "://" in path:
-            # Costs as much to import as the rest of densezoo.
-            from mmengine.runner.checkpoint import CheckpointLoader
-
-            read_mmengine_checkpoints_safely()
-            try:
-                checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
-            except KeyError as error:
-                raise ValueError(f"{path} is no checkpoint that is listed: {error}") from error
-        else:
-            checkpoint = read_checkpoint(path)
-        state = strip_prefixes(unwrap_nesting(checkpoint))
+        state = strip_prefixes(unwrap_nesting(read_from_anywhere(path)))
         registered = find_backbone(self.model_name)
         norms = {}
         for name in list(state):

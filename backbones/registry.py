@@ -196,8 +196,10 @@ def register_backbones(
         key_rules: (pattern, replacement) pairs by checkpoint dialect.
     """
     module = sys.modules[module_name]
+    names = {name: name for name in variants}
+    names |= {alias: name for alias, name in ALIASES.items() if name in variants}
     module.default_cfgs = generate_default_cfgs(
-        {name: weights[name].pretrained_cfg() for name in variants}
+        {alias: weights[name].pretrained_cfg() for alias, name in names.items()}
     )
     for name, arguments in variants.items():
         if _is_foreign(name):
@@ -205,7 +207,7 @@ def register_backbones(
             BACKBONES.pop(name, None)
             continue
         BACKBONES[name] = Registered(name, cls, arguments, weights[name], key_rules)
-        for alias in (name, *(a for a, target in ALIASES.items() if target == name)):
+        for alias in (a for a, target in names.items() if target == name):
             if not _is_foreign(alias):
                 entry = _make_entry_point(BACKBONES[name], alias, module_name)
                 setattr(module, alias, entry)
@@ -213,9 +215,8 @@ def register_backbones(
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether timm has a model `name` that is not of the zoo."""
-    package = __name__.rpartition(".")[0]
-    return is_model(name) and not model_entrypoint(name).__module__.startswith(f"{package}.")
+    """Whether timm has a model `name` that was not registered here."""
+    return is_model(name) and not hasattr(model_entrypoint(name), "is_of_densezoo")
 
 
 def _register_in_timm(entry: Callable[..., nn.Module]) -> None:
@@ -235,6 +236,7 @@ def _make_entry_point(
     entry.__name__ = entry.__qualname__ = name
     entry.__module__ = module_name
     entry.__doc__ = f"{registered.cls.__name__} {dict(registered.arguments)}."
+    entry.is_of_densezoo = True
     return entry
 
 

@@ -7,6 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 
 
+def is_whole_number(value: object) -> bool:
+    """Whether `value` is an integer, of Python or NumPy; a bool is not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def check_whole_number(
     name: str, value: object, lowest: int | None = None, highest: int | None = None
 ) -> None:
@@ -14,9 +19,8 @@ def check_whole_number(
 
     Python's and NumPy's integers are, bools and floats are not.
     """
-    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if (
-        not is_whole
+        not is_whole_number(value)
         or (lowest is not None and value < lowest)
         or (highest is not None and value > highest)
     ):

@@ -218,6 +218,11 @@ def load_trunk(model, state):
     return model
 
 
+def round_as(published, value):
+    """Round a value to the decimals that a published figure is written with."""
+    return round(value, len(str(published).partition(".")[2]))
+
+
 def norms(model):
     """Every BatchNorm within, synchronised ones too."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm)]

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     check_launcher(args.launcher)
     from mmengine.logging import print_log
 
-    from ..backbones.checkpoints import read_checkpoint
+    from ..backbones.mmlab import read_from_anywhere
     from .engine import checks
     from .engine.annotation_checks import check_annotations
     from .engine.config_files import find_config, load_config, require_keys
@@ -66,9 +66,10 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else None
     if out:
         _check_out(out)
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = read_from_anywhere(args.checkpoint)
     checks.check_data(cfg, "test")
-    notes = check_annotations(cfg, "test") if not launched_rank() else []
+    is_first = args.launcher == "none" or not launched_rank()
+    notes = check_annotations(cfg, "test") if is_first else []
     checks.check_work_dir(Path(cfg.work_dir), resume=True)
 
     weights = checkpoint.get("state_dict", checkpoint)

@@ -372,6 +372,9 @@ def _export(
                 f"its output, {MAX_DIFFERENCE:.0e} is taken: {path} was not written",
                 comparisons,
             )
+        weights = path.with_name(f"{path.name}.data")
+        if not Path(folder, weights.name).exists():
+            weights.unlink(missing_ok=True)  # of the file that is replaced
         for written in sorted(Path(folder).iterdir(), reverse=True):  # weights before the graph
             os.replace(written, path.parent / written.name)
     return comparisons

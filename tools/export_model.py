@@ -28,7 +28,7 @@ from ..backbones.checkpoints import (
     strip_prefixes,
     unwrap_nesting,
 )
-from ..backbones.registry import BACKBONES, create_with_weights
+from ..backbones.registry import create_with_weights, find_backbone
 from ..layers.arguments import check_whole_number
 from .count_macs import check_size, first_line, input_size
 from .export_files import (
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         features_only=args.features_only,
         out_indices=args.out_indices,
     ).eval()
-    is_fused = name.split(".")[0] in BACKBONES if args.fuse is None else args.fuse
+    is_fused = find_backbone(name) is not None if args.fuse is None else args.fuse
     if is_fused:
         model.fuse()
     reason = reason_against(model, export_format)
@@ -175,7 +175,7 @@ def _check_arguments(args: argparse.Namespace, name: str, export_format: str) ->
     if args.num_classes is not None:
         check_whole_number("--num-classes", args.num_classes, 0)
     check_whole_number("--batch", args.batch, 1)
-    if args.fuse and name.split(".")[0] not in BACKBONES:
+    if args.fuse and not find_backbone(name):
         raise ValueError(f"--fuse takes models of densezoo, and {name} is timm's")
 
 
@@ -231,10 +231,9 @@ def _num_classes(
     """Take the number of classes from a checkpoint, so that no classifier of noise is exported."""
     if wanted == 0:
         return 0
-    base = name.split(".")[0]
-    if base in BACKBONES:
-        registered = BACKBONES[base]
-        fresh = timm.create_model(base, device="meta")
+    registered = find_backbone(name)
+    if registered:
+        fresh = timm.create_model(registered.name, device="meta")
         state, _ = convert_checkpoint(
             content,
             fresh,

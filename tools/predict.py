@@ -88,23 +88,38 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.score_thr <= 1:
         raise ValueError(f"--score-thr is {args.score_thr}; it must be from 0 to 1")
     device = choose_device(args.device)
-    jobs = plan_jobs([Path(path) for path in args.images], Path(args.out), overwrite=args.overwrite)
+    jobs = plan_jobs(
+        [Path(path) for path in args.images],
+        Path(args.out),
+        overwrite=args.overwrite,
+        label_maps=_is_segmenter(args.config, args.cfg_options),
+    )
     predictor = Predictor(args.config, args.checkpoint, cfg_options=args.cfg_options, device=device)
     problems = []
-    for job in tqdm(jobs, disable=None):
-        try:
-            said = predict_to_files(predictor, job, score_thr=args.score_thr)
-        except (UnusableImage, FileNotFoundError) as problem:
-            text = str(problem)
-            problems.append(text if str(job.image) in text else f"{job.image}: {text}")
-        else:
-            tqdm.write(f"{job.image}: {said} -> {job.picture}")
+    try:
+        for job in tqdm(jobs, disable=None):
+            try:
+                said = predict_to_files(predictor, job, score_thr=args.score_thr)
+            except (UnusableImage, FileNotFoundError) as problem:
+                text = str(problem)
+                problems.append(text if str(job.image) in text else f"{job.image}: {text}")
+            else:
+                tqdm.write(f"{job.image}: {said} -> {job.picture}")
+    finally:  # a full disk or Ctrl-C too is no reason to keep them back
+        if problems:
+            print("without a prediction:", *problems, sep="\n  ", file=sys.stderr)
     if problems:
-        print("without a prediction:", *problems, sep="\n  ", file=sys.stderr)
         raise ValueError(
             f"{len(problems)} of {len(jobs)} images have no prediction: {problems[0]}"
             + (f" (and {len(problems) - 1} more, listed above)" if len(problems) > 1 else "")
         )
+
+
+def _is_segmenter(config: str, cfg_options: Sequence[str]) -> bool:
+    """Tell whether the model of a config labels pixels."""
+    from .engine.config_files import load_config
+
+    return "decode_head" in load_config(config, cfg_options).get("model", {})
 
 
 def predict_to_files(predictor: Predictor, job: Job, *, score_thr: float) -> str:
@@ -130,8 +145,9 @@ def predict_to_files(predictor: Predictor, job: Job, *, score_thr: float) -> str
     if isinstance(prediction, Detections):
         prediction = prediction.above(score_thr)
         record["score_thr"] = score_thr
-    record |= make_record(prediction, predictor.classes, label_map=job.label_map.name)
-    if isinstance(prediction, LabelMap):
+    label_map = job.label_map.name if job.label_map else None
+    record |= make_record(prediction, predictor.classes, label_map=label_map)
+    if isinstance(prediction, LabelMap) and job.label_map:
         write_durably(job.label_map, encode_label_map(prediction.labels, predictor.palette))
     picture = draw(image, prediction, predictor.classes, predictor.palette)
     write_durably(job.picture, encode_picture(picture))
@@ -188,14 +204,13 @@ class Predictor:
         from mmengine.model import revert_sync_batchnorm
         from mmengine.registry import DATASETS, MODELS, init_default_scope
 
-        from ..backbones.checkpoints import read_checkpoint
-        from ..backbones.mmlab import read_mmengine_checkpoints_safely
+        from ..backbones.mmlab import read_from_anywhere, read_mmengine_checkpoints_safely
         from .engine.config_files import load_config, walk_dicts
 
         read_mmengine_checkpoints_safely()
         self.config, self.checkpoint = str(config), str(checkpoint)
         cfg = load_config(config, cfg_options)
-        weights = read_checkpoint(checkpoint)
+        weights = read_from_anywhere(checkpoint)
         init_default_scope(cfg.get("default_scope", "mmengine"))
         try:
             self.model = revert_sync_batchnorm(MODELS.build(cfg.model))
@@ -221,6 +236,13 @@ class Predictor:
             **weights.get("meta", {}).get("dataset_meta", {}),
         }
         self.classes = _class_names(known.get("classes"), self.model)
+        num_classes = _count_classes(self.model)
+        if num_classes is not None and len(self.classes) < num_classes:
+            raise ValueError(
+                f"the model has {num_classes} classes and {len(self.classes)} names are known "
+                f"({', '.join(self.classes[:3])}, ...); give --cfg-options "
+                "test_dataloader.dataset.metainfo.classes=(NAME,NAME,...)"
+            )
         palette = known.get("palette")
         is_usable = isinstance(palette, Sequence) and len(palette) == len(self.classes)
         self.palette = (
@@ -305,6 +327,17 @@ def _dense_transform(steps: Sequence[dict]) -> Callable[[Image.Image], dict]:
         return {key: [value] for key, value in data.items()}
 
     return transform
+
+
+def _count_classes(model: nn.Module) -> int | None:
+    """Return the number of classes that a model tells apart; None where it does not say."""
+    for path in ("", "decode_head", "bbox_head", "roi_head.bbox_head"):
+        part = model
+        for name in filter(None, path.split(".")):
+            part = getattr(part, name, None)
+        if isinstance(getattr(part, "num_classes", None), int):
+            return part.num_classes
+    return None
 
 
 def _class_names(known: Sequence[str] | None, model: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 Of ``street.jpg`` that is ``street.png``, ``street.json`` and ``street_labels.png``, a PNG whose
 pixels are class indices (with the classes' colours as its palette; of 16 bits over 256 classes).
+Where images of one folder differ in their endings alone the names keep them: ``street.jpg.png``.
 
 The JSON is one object. Sizes and boxes are in pixels of the image, turned upright:
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,27 +44,31 @@ class Job:
         is_named: the user named the file itself rather than a folder.
         picture: the image with the prediction drawn on it, PNG.
         record: the prediction, JSON.
-        label_map: the class of each pixel, PNG; written by segmenters alone.
+        label_map: the class of each pixel, PNG; None where no segmenter is asked.
     """
 
     image: Path
     is_named: bool
     picture: Path
     record: Path
-    label_map: Path
+    label_map: Path | None
 
     @property
-    def files(self) -> tuple[Path, Path, Path]:
-        return self.picture, self.record, self.label_map
+    def files(self) -> list[Path]:
+        files = [self.picture, self.record]
+        return [*files, self.label_map] if self.label_map else files
 
 
-def plan_jobs(paths: Sequence[Path], out_dir: Path, *, overwrite: bool) -> list[Job]:
+def plan_jobs(
+    paths: Sequence[Path], out_dir: Path, *, overwrite: bool, label_maps: bool = True
+) -> list[Job]:
     """Find the images, and name the files of each, before any work is done.
 
     Args:
         paths: images and folders; what a folder holds keeps its place within `out_dir`.
         out_dir: folder of the files; as a part of a folder of images it is no source of them.
         overwrite: let files be replaced.
+        label_maps: plan label maps, for a segmenter.
 
     Raises:
         FileNotFoundError: An image does not exist.
@@ -76,35 +82,39 @@ def plan_jobs(paths: Sequence[Path], out_dir: Path, *, overwrite: bool) -> list[
     existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK):
         raise PermissionError(f"--out {out_dir} can't be written to; name another folder")
-    jobs = []
+    sources = []  # image, its place in the output folder, whether it was named itself
     for path in paths:
         if path.is_dir():
             if out_dir.exists() and out_dir.samefile(path):
                 raise ValueError(f"{path} holds the images; choose another folder with --out")
-            jobs += [
-                _make_job(image, out_dir / image.relative_to(path), is_named=False)
+            sources += [
+                (image, out_dir / image.relative_to(path), False)
                 for image in find_images(path, beside=out_dir)
             ]
         elif path.exists():
-            jobs.append(_make_job(path, out_dir / path.name, is_named=True))
+            sources.append((path, out_dir / path.name, True))
         else:
             raise FileNotFoundError(f"image {path} does not exist")
+    places = {place for _, place, _ in sources}
+    stems = Counter(place.with_suffix("") for place in places)
+    jobs = []
+    for image, place, is_named in sources:
+        stem = place.stem if stems[place.with_suffix("")] == 1 else place.name
+        jobs.append(
+            Job(
+                image,
+                is_named,
+                picture=place.with_name(f"{stem}.png"),
+                record=place.with_name(f"{stem}.json"),
+                label_map=place.with_name(f"{stem}_labels.png") if label_maps else None,
+            )
+        )
     _check_files(jobs, overwrite)
     problems = [problem for job in jobs if job.is_named and (problem := _find_problem(job.image))]
     if problems:
         more = f" (and {len(problems) - 1} more of the images)" if len(problems) > 1 else ""
         raise UnusableImage(problems[0] + more)
     return jobs
-
-
-def _make_job(image: Path, place: Path, *, is_named: bool) -> Job:
-    return Job(
-        image,
-        is_named,
-        picture=place.with_name(f"{place.stem}.png"),
-        record=place.with_name(f"{place.stem}.json"),
-        label_map=place.with_name(f"{place.stem}_labels.png"),
-    )
 
 
 def _check_files(jobs: Sequence[Job], overwrite: bool) -> None:
@@ -116,7 +126,7 @@ def _check_files(jobs: Sequence[Job], overwrite: bool) -> None:
             if file in sources:
                 raise ValueError(
                     f"{sources[file]} and {job.image} would both be written to {file}; predict "
-                    "them into two folders"
+                    "them one by one, with two folders of --out"
                 )
             sources[file] = job.image
             if file.exists() and file.resolve() in images:

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     check_launcher(args.launcher)
     from mmengine.logging import print_log
 
-    from ..backbones.checkpoints import read_checkpoint
+    from ..backbones.mmlab import read_from_anywhere
     from ..layers.arguments import check_whole_number
     from .engine import checks
     from .engine.annotation_checks import check_annotations
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         if resume_from is None and not launched_rank():
             print_log(f"{work_dir} holds nothing to resume; the run starts from the beginning")
     elif args.resume:
-        resume_from = Path(args.resume)
+        resume_from = args.resume if "://" in args.resume else Path(args.resume)
     cfg.resume = resume_from is not None
     if resume_from:
         cfg.load_from = str(resume_from)
@@ -114,14 +114,15 @@ def run(args: argparse.Namespace) -> None:
                 module["init_cfg"] = None
     else:
         checks.check_initial_weights(cfg)
-    checkpoint = read_checkpoint(cfg.load_from) if cfg.get("load_from") else None
+    checkpoint = read_from_anywhere(cfg.load_from) if cfg.get("load_from") else None
     if resume_from and "optimizer" not in checkpoint:
         raise ValueError(
             f"checkpoint {cfg.load_from!r} has no state of an optimizer to resume; to start from "
             "its weights give --cfg-options load_from=FILE"
         )
-    notes = check_annotations(cfg, "train") if not launched_rank() else []
-    goes_on = resume_from is not None and resume_from.resolve().parent == work_dir.resolve()
+    is_first = args.launcher == "none" or not launched_rank()
+    notes = check_annotations(cfg, "train") if is_first else []
+    goes_on = checks.is_of_work_dir(resume_from, work_dir)
     checks.check_work_dir(work_dir, resume=goes_on)
 
     with process_group(cfg):

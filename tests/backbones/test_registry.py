@@ -11,6 +11,9 @@ from oracles import load_cases, make_checkpoint, make_input
 
 import densezoo
 from densezoo.backbones.aliases import ALIASES
+from densezoo.tools.bench_throughput import list_subjects
+from densezoo.tools.cli import main
+from densezoo.tools.count_macs import count_macs, input_size
 
 
 def test_every_backbone_is_in_timm_with_its_metadata():
@@ -64,6 +67,19 @@ def test_official_names_are_the_same_models(alias, name):
     assert features.feature_info.reduction() == [32, 8]
     with pytest.raises(ValueError, match=f"the weights of {name} have no direct link"):
         timm.create_model(alias, pretrained=True)
+    assert input_size(alias) == input_size(name)
+    assert count_macs(alias, (32, 32)).macs == count_macs(name, (32, 32)).macs
+    fused = [subject.fused for subject in list_subjects([alias], fuse=True)]
+    assert fused[:2] == [False, True]
+
+
+def test_official_names_are_exported_as_ours_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    weights = timm.create_model("cas_vit_xs", num_classes=3).state_dict()
+    torch.save(weights, "weights.pth")
+    command = ["export", "rcvit_xs", "x.pt2", "--size", "64", "64", "--checkpoint", "weights.pth"]
+    assert main(command) == 0
+    assert "fused norms" in capsys.readouterr().out
 
 
 def test_official_names_work_in_the_dense_backbone_and_load_official_files(tmp_path):

@@ -18,5 +18,5 @@ def test_timms_own_tests_pass_on_every_name():
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     summary = done.stdout.splitlines()[-1]
     passed = int(re.search(r"(\d+) passed", summary)[1])
-    # forward, backward, configuration, features, intermediates twice, pruning, FX twice
-    assert passed >= 9 * len(densezoo.list_backbones()), summary
+    # forward, backward, configuration, features, intermediates twice, FX twice; newer timm: pruning
+    assert passed >= 8 * len(densezoo.list_backbones()), summary

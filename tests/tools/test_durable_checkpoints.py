@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from small_run import make_runner
 
 from densezoo.backbones.checkpoints import read_checkpoint
-from densezoo.tools.engine.checks import find_last_checkpoint
+from densezoo.tools.engine.checks import find_last_checkpoint, is_of_work_dir
 from densezoo.tools.engine.durable_checkpoints import (
     DurableBackend,
     DurableCheckpointHook,
@@ -251,3 +251,17 @@ def test_a_damaged_checkpoint_that_is_the_only_one_is_named(tmp_path):
     assert find_last_checkpoint(tmp_path) == tmp_path / "epoch_1.pth"
     with pytest.raises(ValueError, match=r"epoch_1.pth.*truncated, damaged"):
         read_checkpoint(tmp_path / "epoch_1.pth")
+
+
+def test_checkpoints_that_lie_elsewhere_are_of_the_run(tmp_path):
+    work_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    make_runner(work_dir, out_dir=str(elsewhere)).train()
+    last = find_last_checkpoint(work_dir)
+    assert last.parent.parent == elsewhere
+    assert is_of_work_dir(last, work_dir)
+    assert not is_of_work_dir(last.with_name("epoch_1.pth"), work_dir)
+    assert not is_of_work_dir(None, work_dir)
+    (work_dir / "last_checkpoint").write_text("s3://bucket/run/epoch_3.pth")
+    assert find_last_checkpoint(work_dir) == "s3://bucket/run/epoch_3.pth"
+    assert is_of_work_dir("s3://bucket/run/epoch_3.pth", work_dir)
+    assert not is_of_work_dir("s3://bucket/other/epoch_3.pth", work_dir)

@@ -322,11 +322,32 @@ def test_files_are_not_replaced_unless_asked(image, tmp_path):
         plan([image], tmp_path / "noise.png", overwrite=True)
 
 
+def test_images_that_differ_in_their_endings_keep_them(image, tmp_path):
+    other = tmp_path / "noise.jpg"
+    Image.new("RGB", (8, 8)).save(other)
+    jobs = prediction_files.plan_jobs([image, other], tmp_path / "out", overwrite=False)
+    assert [job.picture.name for job in jobs] == ["noise.png.png", "noise.jpg.png"]
+    assert [job.record.name for job in jobs] == ["noise.png.json", "noise.jpg.json"]
+
+
 def test_two_images_of_one_name_are_refused(image, tmp_path):
-    for other in ("noise.jpg", "noise_labels.jpg"):
-        (tmp_path / other).write_bytes(b"")
-        with pytest.raises(ValueError, match="would both be written to .*noise.*png"):
-            prediction_files.plan_jobs([image, tmp_path / other], tmp_path / "out", overwrite=False)
+    other = tmp_path / "noise_labels.jpg"
+    Image.new("RGB", (8, 8)).save(other)
+    plan, out = prediction_files.plan_jobs, tmp_path / "out"
+    with pytest.raises(ValueError, match="would both be written to .*noise_labels.png"):
+        plan([image, other], out, overwrite=False)
+    # Only a segmenter writes label maps.
+    jobs = plan([image, other], out, overwrite=False, label_maps=False)
+    assert [job.picture.name for job in jobs] == ["noise.png", "noise_labels.png"]
+    with pytest.raises(ValueError, match="would both be written to .*noise.png"):
+        plan([image, image], out, overwrite=False)
+
+
+def test_too_few_names_of_classes_are_named(checkpoints):
+    for name in (DETECTOR, SEGMENTER):
+        names = "test_dataloader.dataset.metainfo.classes=('sky','sea')"
+        with pytest.raises(ValueError, match="has 3 classes and 2 names are known"):
+            predict.Predictor(name, checkpoints[name], cfg_options=[*OPTIONS[name], names])
 
 
 def test_pictures_in_the_folder_of_images_are_no_images(folder, image, tmp_path):

@@ -326,8 +326,49 @@ def test_a_process_is_safe_once_it_has_a_part_of_ours(importing, tmp_path):
     assert "evil.pth' is not a checkpoint that can be read safely: it asks for exec" in done.stdout
 
 
+@pytest.mark.parametrize("is_reduced", [True, False], ids=["state", "array"])
+def test_arrays_of_pointers_are_refused(is_reduced, tmp_path):
+    """NumPy would take the bytes of a file for the addresses of objects."""
+
+    class Dtype:
+        def __reduce__(self):
+            state = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+            return np.dtype, ("V8", False, True), state
+
+    content = Dtype() if is_reduced else np.array([{}], dtype=object)
+    torch.save({"w": torch.zeros(1), "x": content}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="evil.pth' is not a checkpoint .* numpy.dtype of"):
+        read_checkpoint(tmp_path / "evil.pth")
+
+
+def test_resuming_runs_no_text_of_a_checkpoint(tmp_path, _schemes):
+    """mmengine reads the text of meta["config"] as a config, which is a program."""
+    runner = make_runner(tmp_path)
+    runner.train()
+    path, marker = tmp_path / "epoch_5.pth", tmp_path / "marker"
+    checkpoint = torch.load(path, weights_only=False)
+    code = f"open({str(marker)!r}, 'w').close()"
+    checkpoint["meta"]["config"] = code
+    torch.save(checkpoint, path)
+    with _served(path) as url:
+        for source in (str(path), url):
+            make_runner(tmp_path).resume(source)
+            assert not marker.exists()
+    mmengine.Config.fromstring(code, file_format=".py")
+    assert marker.exists(), "mmengine runs it no more"
+
+
+def test_arrays_are_saved_again_as_numpys(tmp_path):
+    array = np.arange(6, dtype=">i2").reshape(2, 3)
+    torch.save({"w": torch.zeros(1), "x": array}, tmp_path / "a.pth")
+    torch.save(read_checkpoint(tmp_path / "a.pth"), tmp_path / "b.pth")
+    again = torch.load(tmp_path / "b.pth", weights_only=False)["x"]
+    assert type(again) is np.ndarray
+    np.testing.assert_array_equal(again, array)
+
+
 def _assert_same(one, two):
-    assert type(one) is type(two)
+    assert type(one) is type(two) or isinstance(one, np.ndarray)
     if isinstance(one, dict):
         assert one.keys() == two.keys()
         for key in one:

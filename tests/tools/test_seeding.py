@@ -214,3 +214,36 @@ def test_a_config_builds_the_runner_by_its_name(tmp_path):
     assert type(runner).__name__ == "DurableRunner"
     hooks = [type(hook).__name__ for hook in runner.hooks]
     assert hooks[-1] == "ReseedHook" and "DistSamplerSeedHook" not in hooks
+
+
+@pytest.mark.parametrize("options", [{}, dict(dataset=SHARDS)], ids=["images", "shards"])
+def test_an_epoch_that_was_done_is_not_trained_again(colours, options):
+    if options:
+        options["dataset"] = {**SHARDS, "root": str(colours / "shards")}
+    loader = _loader(colours, **options)
+    loader.set_epoch(1)
+    loader.skip(len(loader), is_within_epoch=True)
+    assert list(loader) == []
+    loader.set_epoch(2)
+    assert len(list(loader)) == len(loader)
+
+
+def test_configs_without_densezoos_hooks_get_them(colours, tmp_path):
+    """With mmengine's hook alone every epoch would have the augmentations of the first."""
+    cfg = dict(
+        runner_type="DurableRunner",
+        default_scope="mmengine",
+        work_dir=str(tmp_path),
+        log_level="ERROR",
+        model=dict(type="ImageClassifier", model_name="test_convnext", num_classes=3),
+        default_hooks=dict(
+            sampler_seed=dict(type="DistSamplerSeedHook"),
+            checkpoint=dict(type="CheckpointHook", interval=2, max_keep_ckpts=7),
+            timer=None,
+        ),
+    )
+    hooks = {type(hook).__name__: hook for hook in RUNNERS.build(cfg).hooks}
+    assert {"ReseedHook", "DurableCheckpointHook", "StopOnBadLossHook"} <= hooks.keys()
+    assert not {"DistSamplerSeedHook", "CheckpointHook", "IterTimerHook"} & hooks.keys()
+    checkpoint = hooks["DurableCheckpointHook"]
+    assert (checkpoint.interval, checkpoint.max_keep_ckpts) == (2, 7)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmengine.registry import DATASETS
 from PIL import Image
+from small_run import make_runner
 
 from densezoo.tools.cli import main
 from densezoo.tools.engine import timm_dataset
@@ -19,6 +20,7 @@ from densezoo.tools.engine.seeding import generators_of
 from densezoo.tools.engine.unreadable_images import (
     ReadableSamples,
     UnreadableImages,
+    UnreadableImagesHook,
     count_images,
     with_readable_samples,
 )
@@ -356,3 +358,42 @@ def test_a_data_set_without_a_readable_image_stops(annotated):
     dataset = ReadableSamples(_coco(annotated), UnreadableImages(annotated / "list.txt", 1_000_000))
     with pytest.raises(RunStopped, match="100 training images in a row"):
         dataset[0]
+
+
+def test_attributes_called_dataset_need_not_be_one(tmp_path):
+    class Named(torch.utils.data.Dataset):
+        dataset = None
+
+        def __init__(self, **attributes):
+            vars(self).update(attributes)
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return index
+
+    for attributes in (
+        dict(dataset="coco"),
+        dict(dataset=[1, 2, 3]),
+        dict(datasets={"a": 1}),
+        dict(datasets=["a", "b"]),
+    ):
+        dataset = Named(**attributes)
+        assert count_images(dataset) == 2
+        record = UnreadableImages(tmp_path / "list.txt", 2)
+        assert list(map(with_readable_samples(dataset, record).__getitem__, range(2))) == [0, 1]
+        assert vars(dataset) == attributes
+
+
+def test_a_run_that_starts_from_anothers_weights_has_a_list_of_its_own(tmp_path):
+    runner = make_runner(tmp_path)
+    hook = UnreadableImagesHook(UnreadableImages(tmp_path / "list.txt", 9))
+    checkpoint = {"densezoo_unreadable": ["a.jpg"]}
+    saved = {}
+    hook.after_load_checkpoint(runner, checkpoint)
+    hook.before_save_checkpoint(runner, saved)
+    assert saved["densezoo_unreadable"] == []
+    hook.after_load_checkpoint(make_runner(tmp_path, resume_from=tmp_path / "x.pth"), checkpoint)
+    hook.before_save_checkpoint(runner, saved)
+    assert saved["densezoo_unreadable"] == ["a.jpg"]

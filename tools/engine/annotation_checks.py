@@ -96,6 +96,10 @@ def check_annotations(cfg: dict, task: str) -> list[str]:
                 has_objects = "CocoDataset" in kinds and "CocoPanopticDataset" not in kinds
                 if not has_objects and "BaseSegDataset" not in kinds:
                     continue
+                if (getattr(dataset, "backend_args", None) or {}).get(
+                    "backend", "local"
+                ) != "local":
+                    continue  # on a remote store
                 is_training = loader == "train_dataloader"
                 place = (str(dataset.ann_file), str(dataset.data_prefix), is_training)
                 if place in seen or "://" in place[0] + place[1]:

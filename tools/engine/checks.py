@@ -108,6 +108,8 @@ def check_data(cfg: dict, task: str) -> None:
 
 def _check_annotated(dataset: dict, key: str) -> None:
     """Check one of mmengine's BaseDataset, whose paths are relative to its data_root."""
+    if (dataset.get("backend_args") or {}).get("backend", "local") != "local":
+        return  # on a store that may map local paths to its own
     root = Path(dataset.get("data_root") or "")
     if dataset.get("data_root"):
         _require(root, f"{key}.data_root", "data folder")
@@ -164,15 +166,31 @@ def check_work_dir(work_dir: Path, resume: bool) -> None:
         )
 
 
-def find_last_checkpoint(work_dir: Path) -> Path | None:
+def is_of_work_dir(checkpoint: Path | str | None, work_dir: Path) -> bool:
+    """Tell whether a run that resumes from a checkpoint goes on in the same work dir.
+
+    It does where the checkpoint lies in it, or is the one that ``last_checkpoint`` names, which
+    may lie elsewhere (``default_hooks.checkpoint.out_dir``).
+    """
+    if checkpoint is None:
+        return False
+    record = work_dir / "last_checkpoint"
+    if record.is_file() and record.read_bytes().decode(errors="replace").strip() == str(checkpoint):
+        return True
+    return "://" not in str(checkpoint) and Path(checkpoint).resolve().parent == work_dir.resolve()
+
+
+def find_last_checkpoint(work_dir: Path) -> Path | str | None:
     """Find the checkpoint that ``--resume`` continues from; None if the work dir holds none.
 
     A work dir that was moved is found too: the file name counts, not the recorded folder. Where
     ``last_checkpoint`` is missing, damaged or names a file that does not load, it is the newest
-    checkpoint in the folder that does, and the log says so.
+    checkpoint in the folder that does, and the log says so. A URL is returned as it is recorded.
     """
     record = work_dir / "last_checkpoint"
     recorded = record.read_bytes().decode(errors="replace").strip() if record.is_file() else ""
+    if "://" in recorded:
+        return recorded
     named = Path(recorded) if recorded and "\0" not in recorded else None
     if named and not named.is_file():
         named = work_dir / named.name

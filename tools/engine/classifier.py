@@ -10,8 +10,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-from ...backbones.checkpoints import read_checkpoint
-from ...backbones.mmlab import check_init_cfg
+from ...backbones.mmlab import check_init_cfg, read_from_anywhere
 from ...backbones.registry import (
     check_model_name,
     create_with_weights,
@@ -151,7 +150,7 @@ class ImageClassifier(BaseModel):
         """Load a checkpoint of the bare backbone through timm's own path, key mapping included."""
         try:
             source = create_with_weights(
-                self.model_name, read_checkpoint(checkpoint), self.create_args
+                self.model_name, read_from_anywhere(checkpoint), self.create_args
             )
         except ValueError as error:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +30,10 @@ def process_group(cfg: dict) -> Iterator[None]:
     if torch.cuda.is_available():
         from mmengine.dist import init_dist
 
+        # Else mmengine chooses another one, and warns as the Runner sets the config's.
+        method = (cfg.get("env_cfg", {}).get("mp_cfg") or {}).get("mp_start_method")
+        if method and multiprocessing.get_start_method(allow_none=True) is None:
+            multiprocessing.set_start_method(method)
         init_dist(launcher, **dist_cfg)
     elif launcher == "pytorch":
         timeout = dist_cfg.get("timeout")

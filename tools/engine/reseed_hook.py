@@ -82,7 +82,7 @@ class ReseedHook(Hook):
             if not _is_endless(runner.train_loop):
                 loader.set_epoch(runner.epoch)
                 num_done = self._loaded.pop("iters_of_epoch", 0)
-                loader.skip(num_done)
+                loader.skip(num_done, is_within_epoch=True)
                 self._epoch_begin = (runner.epoch, runner.iter - num_done)
         else:
             for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):

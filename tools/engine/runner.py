@@ -93,6 +93,20 @@ class DurableRunner(Runner):
         with _config_mistakes("param_scheduler"):
             return super().build_param_scheduler(scheduler)
 
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """Register the default hooks, with ours in the place of mmengine's own.
+
+        So configs that know nothing of densezoo are replayed and saved as the shipped ones are.
+        """
+        hooks = dict(hooks or {})
+        for name, own in (("sampler_seed", "ReseedHook"), ("checkpoint", "DurableCheckpointHook")):
+            options = hooks.get(name, {})
+            kind = options.get("type", "") if isinstance(options, dict) else None
+            if kind in ("", "DistSamplerSeedHook", "CheckpointHook"):
+                hooks[name] = {**options, "type": own}
+        hooks.setdefault("bad_loss", {"type": "StopOnBadLossHook"})
+        super().register_default_hooks(hooks)
+
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop, on a loader that can be replayed."""
         options = self._train_dataloader

@@ -190,14 +190,17 @@ class ReplayedLoader(DataLoader):
         """Set the epoch that the next iteration is of."""
         self._told().set_epoch(epoch)
 
-    def skip(self, num_batches: int) -> None:
+    def skip(self, num_batches: int, *, is_within_epoch: bool = False) -> None:
         """Let the next iteration start after `num_batches` batches, counted from now.
 
         Samples with an index are not loaded for that. A data set that can only be iterated is
-        read up to the place, an epoch of it at most.
+        read up to the place, an epoch of it at most; with `is_within_epoch` that epoch is the one
+        set, also where all of it is skipped.
         """
         if isinstance(self.batch_sampler, SeededBatches):
             self.batch_sampler.skip(num_batches)
+        elif is_within_epoch:
+            self.num_discarded = num_batches
         else:
             num_epochs, self.num_discarded = divmod(num_batches, len(self))
             self.set_epoch(self.epoch + num_epochs)

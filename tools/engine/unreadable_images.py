@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine import fileio
 from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
@@ -150,7 +151,8 @@ class ReadableSamples(DelegatingDataset):
         return dataset[index]
 
     def _paths(self, index: int) -> Iterator[str]:
-        if hasattr(self._wrapped, "get_data_info"):
+        # Indices of videos are pairs, of which the data set makes its own.
+        if hasattr(self._wrapped, "get_data_info") and isinstance(index, (int, np.integer)):
             info = self._wrapped.get_data_info(index)
             for key in PATH_KEYS:
                 if isinstance(info.get(key), str):
@@ -194,28 +196,34 @@ def with_readable_samples(dataset: Dataset, record: UnreadableImages | None) -> 
     if isinstance(dataset, TimmStream):
         dataset.on_unreadable = record.record if record else None
         return dataset
-    parts = vars(dataset)
+    parts = getattr(dataset, "__dict__", {})
     for name in ("dataset", "_dataset"):
-        if _is_dataset(parts.get(name)):
+        if _is_combined(parts.get(name)):
             parts[name] = with_readable_samples(parts[name], record)
             return dataset
-    if "datasets" in parts:
+    if _are_combined(parts.get("datasets")):
         parts["datasets"] = [with_readable_samples(part, record) for part in parts["datasets"]]
         return dataset
-    return ReadableSamples(dataset, record) if _is_dataset(dataset) else dataset
+    has_samples = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return ReadableSamples(dataset, record) if has_samples else dataset
 
 
-def _is_dataset(value: object) -> bool:
-    return hasattr(value, "__getitem__") and hasattr(value, "__len__")
+def _is_combined(value: object) -> bool:
+    """Tell a data set that another one stands on from what else an attribute may hold."""
+    return isinstance(value, Dataset) or hasattr(value, "full_init")
+
+
+def _are_combined(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_combined, value))
 
 
 def count_images(dataset: Dataset) -> int:
     """Count the images of a data set, each once however often others repeat it."""
-    parts = vars(dataset)
+    parts = getattr(dataset, "__dict__", {})
     for name in ("dataset", "_dataset"):
-        if _is_dataset(parts.get(name)):
+        if _is_combined(parts.get(name)):
             return count_images(parts[name])
-    if "datasets" in parts:
+    if _are_combined(parts.get("datasets")):
         return sum(map(count_images, parts["datasets"]))
     return dataset.images.reader.num_samples if isinstance(dataset, TimmStream) else len(dataset)
 
@@ -232,7 +240,8 @@ class UnreadableImagesHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take over what the run had skipped before it was resumed."""
-        self._earlier = set(checkpoint.get("densezoo_unreadable", ()))
+        if runner._resume:  # not what another run had, whose weights this one starts from
+            self._earlier = set(checkpoint.get("densezoo_unreadable", ()))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keep the names for a resumed run's list."""
