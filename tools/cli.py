@@ -22,7 +22,7 @@ COMMANDS = {
     "list": ("list_models", "print the zoo: sizes, published results, licence, weights"),
     "train": ("train", "train a classifier, detector or segmenter from a config"),
     "test": ("evaluate", "evaluate a checkpoint with a config's metrics"),
-    "predict": ("predict", "draw predictions of a checkpoint on images"),
+    "predict": ("predict", "draw predictions of a checkpoint on images, with JSON"),
     "macs": ("count_macs", "count parameters, MACs and FLOPs of a model"),
     "bench": ("bench_throughput", "measure time and memory of models, side by side"),
     "export": ("export_model", "write a model as ONNX or torch.export, checked against it"),
@@ -39,6 +39,7 @@ SAVING_MEMORY = {
     "predict": "give smaller images, or lower the images' size with --cfg-options",
     "macs": "give a smaller --size",
     "bench": "give a smaller --batch or --size",
+    "export": "give a smaller --batch or --size",
     "export": "give a smaller --size",
 }
 SYSTEM_ADVICE = {
