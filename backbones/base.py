@@ -54,8 +54,7 @@ def check_image(x: torch.Tensor, in_chans: int) -> None:
 def _mismatch_named(x: torch.Tensor, module: nn.Module) -> Iterator[None]:
     """Turn what PyTorch raises for an image of another device or dtype into a ValueError.
 
-    The error is translated rather than foreseen: sharded and cast weights have their device and
-    dtype in the forward pass alone.
+    Not foreseen, since sharded and cast weights have theirs in the forward pass alone.
     """
     try:
         yield
@@ -63,14 +62,15 @@ def _mismatch_named(x: torch.Tensor, module: nn.Module) -> Iterator[None]:
         raise
     except RuntimeError as error:
         weight = next(module.parameters(), None)
-        is_cast = torch.is_autocast_enabled(x.device.type)
-        for name in ("device",) if is_cast else ("device", "dtype"):
+        kind, names = x.device.type, ("device", "dtype")
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            names = ("device",)
+        for name in names:
             own, wanted = getattr(x, name), getattr(weight, name, None)
             if wanted is not None and own != wanted:
-                advice = "bring one to the other's with .to()"
-                advice += ", or run under torch.autocast" if name == "dtype" else ""
                 raise ValueError(
-                    f"the image batch has {name} {own} and the model {wanted}: {advice}"
+                    f"the image batch has {name} {own} and the model {wanted}: bring one to the "
+                    "other's with .to(), or for another dtype run under torch.autocast"
                 ) from error
         raise
 
@@ -523,10 +523,7 @@ class _Features:
     """
 
     def prepare(self, order: Sequence[int], in_chans: int) -> None:
-        """Take images of `in_chans` channels, and return maps in `order`, absolute indices.
-
-        timm's part has them ascending.
-        """
+        """Take images of `in_chans` channels; return maps in `order`, ascending in timm's part."""
         self.in_chans = in_chans
         self.feature_info = FeatureInfo(self.feature_info.info, tuple(order))
         self._positions = tuple(sorted(order).index(i) for i in order)

@@ -40,7 +40,6 @@ SAVING_MEMORY = {
     "macs": "give a smaller --size",
     "bench": "give a smaller --batch or --size",
     "export": "give a smaller --batch or --size",
-    "export": "give a smaller --size",
 }
 SYSTEM_ADVICE = {
     errno.ENOSPC: "free some space there, or write to another disk",
