@@ -50,6 +50,27 @@ def run_channels_last(
     return function(x)
 
 
+def linear_on_cpu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gelu: bool = False
+) -> torch.Tensor:
+    """Compute `x @ weight.T + bias`, then an exact GELU if asked for, by oneDNN.
+
+    Takes half the time or less of the library that PyTorch's own linear layers use on a CPU.
+    Where `prefers_channels_last(x)` alone: there is no gradient.
+
+    Args:
+        x: (..., in_features), float32.
+        weight: (out_features, in_features).
+        bias: (out_features,), or None.
+        gelu: whether GELU follows.
+
+    Returns:
+        (..., out_features).
+    """
+    post_operation = ("gelu", [], "none") if gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *post_operation)
+
+
 class PointwiseConv(nn.Conv2d):
     """1x1 convolution, optionally followed by an exact GELU. NCHW.
 
@@ -70,16 +91,9 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if prefers_channels_last(x):
-            # PyTorch sends a 1x1 convolution of one image on one thread past oneDNN; the
-            # same product as a oneDNN linear layer takes half the time or less.
-            y = torch.ops.mkldnn._linear_pointwise(
-                x.permute(0, 2, 3, 1),
-                self.weight[:, :, 0, 0],
-                self.bias,
-                "gelu" if self.gelu else "none",
-                [],
-                "none" if self.gelu else "",
-            )
+            # PyTorch sends a 1x1 convolution of one image on one thread past oneDNN.
+            weight = self.weight[:, :, 0, 0]
+            y = linear_on_cpu(x.permute(0, 2, 3, 1), weight, self.bias, gelu=self.gelu)
             return y.permute(0, 3, 1, 2)
         x = super().forward(x)
         return F.gelu(x) if self.gelu else x

@@ -7,10 +7,15 @@ from torch import nn
 
 from .arguments import check_whole_number
 from .conv import PointwiseConv, prefers_channels_last
+from .linear import Linear
 
 # Hidden values that an MLP holds at a time in CPU inference: 4 MiB of float32, of the size of
 # a core's share of the cache, and small enough for the allocator to keep the pages.
 _HIDDEN_VALUES = 2**20
+
+# Hidden values up to which one piece is faster: the allocator gives memory above 32 MiB back,
+# and the next call pays for every page anew.
+_MOST_HIDDEN_VALUES = 2**22
 
 
 class ConvMlp(nn.Module):
@@ -33,4 +38,28 @@ class ConvMlp(nn.Module):
             if rows < x.shape[-2]:
                 parts = [self.fc2(self.fc1(part)) for part in x.split(rows, dim=2)]
                 return torch.cat(parts, dim=2)
+        return self.fc2(self.fc1(x))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them. Channels last, (..., dim) to the same.
+
+    Args:
+        dim: channels in and out.
+        hidden_dim: channels between.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        check_whole_number("hidden_dim", hidden_dim, 1)
+        self.fc1 = Linear(dim, hidden_dim, gelu=True)
+        self.fc2 = Linear(hidden_dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if prefers_channels_last(x):
+            tokens = x.reshape(-1, x.shape[-1])
+            if len(tokens) * self.fc1.out_features > _MOST_HIDDEN_VALUES:
+                rows = max(1, _HIDDEN_VALUES // self.fc1.out_features)
+                parts = [self.fc2(self.fc1(part)) for part in tokens.split(rows)]
+                return torch.cat(parts).view(x.shape)
         return self.fc2(self.fc1(x))

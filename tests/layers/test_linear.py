@@ -1,0 +1,58 @@
+"""Linear layers and the MLP made of them: the fast CPU inference path equals the plain one."""
+
+import pytest
+import torch
+from oracles import relative_error
+from torch import nn
+from torch.nn import functional as F
+
+from densezoo.layers import mlp
+from densezoo.layers.linear import Linear
+from densezoo.layers.mlp import Mlp
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 7, 3, 24), (1, 0, 24)], ids=str)
+def test_inference_equals_pytorchs_layer(gelu, bias, shape):
+    torch.manual_seed(0)
+    layer, x = Linear(24, 40, bias, gelu=gelu), noise(*shape)
+    expected = F.linear(x, layer.weight, layer.bias)
+    expected = F.gelu(expected) if gelu else expected
+    with torch.no_grad():
+        actual = layer(x)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(layer(x), expected)  # under autograd
+
+
+def test_inputs_of_any_strides_are_taken():
+    torch.manual_seed(0)
+    layer, x = Linear(24, 40), noise(2, 24, 5, 6).permute(0, 2, 3, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+def test_the_mlp_equals_its_formula_however_many_pieces_it_is_computed_in(monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Mlp(8, 24), noise(2, 5, 7, 8)
+    hidden = F.gelu(nn.functional.linear(x, layer.fc1.weight, layer.fc1.bias))
+    expected = F.linear(hidden, layer.fc2.weight, layer.fc2.bias)
+    assert relative_error(layer(x), expected) < 1e-6
+    pieces = []
+    layer.fc1.register_forward_hook(lambda module, args, output: pieces.append(len(output)))
+    for values, count in ((2**22, 1), (24 * 69, 70 // 3 + 1)):
+        monkeypatch.setattr(mlp, "_MOST_HIDDEN_VALUES", values)
+        monkeypatch.setattr(mlp, "_HIDDEN_VALUES", 24 * 3)
+        pieces.clear()
+        with torch.no_grad():
+            assert relative_error(layer(x), expected) < 1e-6
+        assert len(pieces) == count
+
+
+def test_hidden_sizes_below_one_are_named():
+    with pytest.raises(ValueError, match="hidden_dim is 0"):
+        Mlp(8, 0)
