@@ -89,13 +89,22 @@ def check_map(x: torch.Tensor, channels: int) -> None:
 
 
 def check_arguments(
-    depths: Sequence[int], dims: Sequence[int], in_chans: int, drop_path_rate: float
+    depths: Sequence[int],
+    dims: Sequence[int],
+    in_chans: int,
+    drop_path_rate: float,
+    num_stages: int = 4,
 ) -> None:
     """Raise a ValueError that names the first of a constructor's arguments that is no good."""
+    wanted = "four whole numbers" if num_stages == 4 else f"a list of {num_stages} whole numbers"
     for name, value in (("depths", depths), ("dims", dims)):
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        if not is_list or len(value) != 4 or not all(is_whole_number(n) and n > 0 for n in value):
-            raise ValueError(f"{name} is {value!r}: four whole numbers of at least 1 are taken")
+        if (
+            not is_list
+            or len(value) != num_stages
+            or not all(is_whole_number(n) and n > 0 for n in value)
+        ):
+            raise ValueError(f"{name} is {value!r}: {wanted} of at least 1 are taken")
     check_whole_number("in_chans", in_chans, 1)
     check_number("drop_path_rate", drop_path_rate, 0, 1)
 
@@ -134,7 +143,10 @@ class Stage(nn.Module):
         register_notrace_module(cls)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.downsample(x)
+        return self.run_blocks(self.downsample(x))
+
+    def run_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the blocks, each recomputed in the backward pass where that is enabled."""
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return self.blocks(x)
         for block in self.blocks:
@@ -151,6 +163,17 @@ class Stage(nn.Module):
             )
             x = checkpoint(block, x, **context)
         return x
+
+
+class ChannelsLastStage(Stage):
+    """Stage whose blocks work on NHWC; converts once on entry and once on exit. NCHW in and out.
+
+    Both conversions are views: the map keeps channels-last memory from stage to stage.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        return self.run_blocks(x).permute(0, 3, 1, 2)
 
 
 class ClassifierHead(nn.Module):
@@ -252,8 +275,10 @@ class HierarchicalBackbone(nn.Module):
         norm: norm of the last map, NCHW.
         head: classifier head from the normed map.
         in_chans: channels of the image.
-        strides: stride of each stage's map, in pixels.
     """
+
+    # Stride of each stage's map, pixels.
+    strides: tuple[int, ...] = (4, 8, 16, 32)
 
     # Norm of the official dense backbone's outputs ("batch_norm", "layer_norm"), None without.
     dense_norm: str | None = None
@@ -271,7 +296,6 @@ class HierarchicalBackbone(nn.Module):
         *,
         dims: Sequence[int],
         in_chans: int = 3,
-        strides: Sequence[int] = (4, 8, 16, 32),
     ) -> None:
         super().__init__()
         register_notrace_module(type(stem))
@@ -285,7 +309,7 @@ class HierarchicalBackbone(nn.Module):
         self.num_classes = getattr(head.fc, "out_features", 0)
         self.feature_info = [
             dict(num_chs=dim, reduction=stride, module=f"stages.{i}")
-            for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
+            for i, (dim, stride) in enumerate(zip(dims, self.strides, strict=True))
         ]
         init_linear(self)
 

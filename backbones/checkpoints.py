@@ -344,6 +344,8 @@ def strip_prefixes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     state = dict(state)
     while True:
         counts = {p: sum(k.startswith(p) for k in state) for p in _WRAPPERS}
+        if any(k.startswith("embeddings.") for k in state):
+            counts["encoder."] = 0  # half a model of transformers, the stem beside it
         prefix = max(counts, key=counts.get)
         # A trunk under a prefix outweighs heads beside it.
         if not counts[prefix] or (prefix != "backbone." and 2 * counts[prefix] < len(state)):

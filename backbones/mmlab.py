@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -23,7 +24,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.arguments import check_flag, check_mapping, check_number, check_whole_number
-from .base import absolute_indices
+from .base import absolute_indices, in_format_of
 from .checkpoints import (
     download_checkpoint,
     load_safely,
@@ -41,7 +42,8 @@ from .registry import (
 
 _logger = logging.getLogger(__name__)
 
-_OUT_NORMS = {"batch_norm": nn.BatchNorm2d, "layer_norm": LayerNorm2d}
+# timm's LayerNorm has an eps of its own; dense backbones have PyTorch's.
+_OUT_NORMS = {"batch_norm": nn.BatchNorm2d, "layer_norm": partial(LayerNorm2d, eps=1e-5)}
 
 
 def check_init_cfg(init_cfg: object) -> None:
@@ -369,7 +371,8 @@ class DenseBackbone(BaseModule):
             maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
         maps = [maps[i] for i in self._positions]
         if self.out_norms:
-            maps = [norm(m) for norm, m in zip(self.out_norms.values(), maps, strict=True)]
+            pairs = zip(self.out_norms.values(), maps, strict=True)
+            maps = [in_format_of(x, norm(m)) for norm, m in pairs]
         return tuple(maps)
 
     def fuse(self) -> DenseBackbone:

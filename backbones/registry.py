@@ -79,6 +79,7 @@ class Weights:
         sha256: SHA-256 of the file, where known.
         license: licence of the weights, an SPDX name in lower case.
         input_size: channels, height and width, pixels.
+        fixed_input_size: whether images of that size alone are taken.
         first_conv: name of the convolution that takes the image.
         classifier: names of the linear classifiers.
     """
@@ -91,6 +92,7 @@ class Weights:
     paper_name: str = ""
     paper_ids: str = ""
     input_size: tuple[int, int, int] = (3, 224, 224)
+    fixed_input_size: bool = False
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -100,14 +102,15 @@ class Weights:
     classifier: str | tuple[str, ...] = "head.fc"
     published: Published = Published()
 
-    def pretrained_cfg(self, stride: int = 32) -> PretrainedCfg:
-        """Give the same as timm's pretrained_cfg."""
+    def pretrained_cfg(self, stride: int) -> PretrainedCfg:
+        """Give the same as timm's pretrained_cfg; `stride` is that of the last map, pixels."""
         notes = [f"file: {file}" for file in self.files]
         notes += [f"sha256: {self.sha256}"] if self.sha256 else []
         return PretrainedCfg(
             url=self.url,
             source=self.page,
             input_size=self.input_size,
+            fixed_input_size=self.fixed_input_size,
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
             mean=self.mean,
@@ -198,9 +201,10 @@ def register_backbones(
     module = sys.modules[module_name]
     names = {name: name for name in variants}
     names |= {alias: name for alias, name in ALIASES.items() if name in variants}
-    module.default_cfgs = generate_default_cfgs(
-        {alias: weights[name].pretrained_cfg() for alias, name in names.items()}
-    )
+    configs = {a: weights[n].pretrained_cfg(cls.strides[-1]) for a, n in names.items()}
+    # Beside those of the module's other classes.
+    known = getattr(module, "default_cfgs", {})
+    module.default_cfgs = {**known, **generate_default_cfgs(configs)}
     for name, arguments in variants.items():
         if _is_foreign(name):
             _logger.info("timm has a model %s of its own, which is left in place", name)

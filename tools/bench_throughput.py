@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from .._version import __version__
 from ..backbones.registry import find_backbone
+from ..kernels.runtime import BACKENDS, check_backend, use_backend
 from .count_macs import build_model, check_size, count_macs, first_line, input_size
 from .tables import format_table
 
@@ -98,14 +99,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to time: its name in timm, and whether its norms are fused."""
+    """A model to time: its name in timm, whether its norms are fused, its operators' backend."""
 
     name: str
     fused: bool = False
+    backend: str | None = None
 
     @property
     def label(self) -> str:
-        return f"{self.name} (fused)" if self.fused else self.name
+        notes = ["fused"] * self.fused + [self.backend] * (self.backend is not None)
+        return f"{self.name} ({', '.join(notes)})" if notes else self.name
 
     def build(self, size: tuple[int, int], setup: Setup) -> nn.Module:
         """Build the model for images of `size` (height, width), on the CPU in float32."""
@@ -128,26 +131,38 @@ class _Runner:
 
 
 def list_subjects(
-    names: Sequence[str], *, fuse: bool = False, peers: Sequence[str] = ()
+    names: Sequence[str],
+    *,
+    fuse: bool = False,
+    backends: Sequence[str] = (),
+    peers: Sequence[str] = (),
 ) -> list[Subject]:
-    """List what is timed: the models, each followed by its fused form, peers, the yardstick.
+    """List what is timed: the models, each followed by its other forms, peers, the yardstick.
 
     Args:
         names: models of densezoo or timm.
         fuse: time the models of the zoo with fused norms too.
+        backends: time the models of the zoo on these backends of their operators too.
         peers: timm's models, as "timm:NAME".
 
     Raises:
-        ValueError: a name is unknown, or `fuse` finds no model that can be fused.
+        ValueError: a name or backend is unknown, or `fuse` or `backends` finds no model of the
+            zoo.
     """
-    if fuse and not any(find_backbone(name) for name in names):
-        raise ValueError(f"--fuse takes models of densezoo; {', '.join(names)}: none of them is")
+    for option, is_given in (("--fuse", fuse), ("--backends", bool(backends))):
+        if is_given and not any(find_backbone(name) for name in names):
+            raise ValueError(
+                f"{option} takes models of densezoo; {', '.join(names)}: none of them is"
+            )
+    for backend in backends:
+        check_backend(backend, "--backends")
     subjects = []
     for name in names:
         input_size(name)
         subjects.append(Subject(name))
-        if fuse and find_backbone(name):
-            subjects.append(Subject(name, fused=True))
+        if find_backbone(name):
+            subjects += [Subject(name, fused=True)] * fuse
+            subjects += [Subject(name, backend=backend) for backend in backends]
     for peer in peers:
         prefix, _, name = peer.partition(":")
         if prefix != "timm" or not name:
@@ -186,7 +201,7 @@ def measure(
         raise ValueError(f"repeats is {rounds}: at least {MIN_ROUNDS} alternations are taken")
     total = len(sizes) * len(subjects) * (rounds + 2)
     rows = []
-    with _threads(setup.threads), tqdm(total=total, desc="bench", unit="turn") as progress:
+    with limit_threads(setup.threads), tqdm(total=total, desc="bench", unit="turn") as progress:
         for size in sizes:
             runners = []
             for subject in subjects:
@@ -210,7 +225,8 @@ def measure(
 
 
 @contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
+def limit_threads(number: int) -> Iterator[None]:
+    """Let PyTorch use `number` threads of the CPU inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -225,7 +241,9 @@ def _prepare(subject: Subject, size: tuple[int, int], setup: Setup) -> _Runner:
     report = count_macs(model, size)
     is_cuda = torch.device(setup.device).type == "cuda"
     before = torch.cuda.memory_allocated(setup.device) if is_cuda else 0
-    runner = _Runner(subject, size, _make_step(model, size, setup), report.params, report.macs)
+    runner = _Runner(
+        subject, size, _make_step(model, subject, size, setup), report.params, report.macs
+    )
     try:
         runner.step()
         if is_cuda:
@@ -242,7 +260,9 @@ def _prepare(subject: Subject, size: tuple[int, int], setup: Setup) -> _Runner:
     return runner
 
 
-def _make_step(model: nn.Module, size: tuple[int, int], setup: Setup) -> Callable[[], None]:
+def _make_step(
+    model: nn.Module, subject: Subject, size: tuple[int, int], setup: Setup
+) -> Callable[[], None]:
     """Move a model where it is to run; return what runs it once on a batch of random images."""
     layout = torch.channels_last if setup.channels_last else torch.contiguous_format
     target: dict[str, Any] = dict(device=setup.device, dtype=DTYPES[setup.dtype])
@@ -261,7 +281,8 @@ def _make_step(model: nn.Module, size: tuple[int, int], setup: Setup) -> Callabl
         sum(output.float().mean() for output in outputs).backward()
         model.zero_grad(set_to_none=True)
 
-    return train if setup.train else infer
+    step = train if setup.train else infer
+    return step if subject.backend is None else use_backend(subject.backend)(step)
 
 
 def _compile(model: nn.Module) -> Callable[[torch.Tensor], Any]:
@@ -322,7 +343,7 @@ def _measure_growth(subject: Subject, size: tuple[int, int], setup: Setup) -> fl
     torch.set_num_threads(setup.threads)
     try:
         before = _read_resident("VmRSS")
-        step = _make_step(subject.build(size, setup), size, setup)
+        step = _make_step(subject.build(size, setup), subject, size, setup)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     except OSError:
         return None
@@ -350,6 +371,7 @@ def _make_row(
     return dict(
         model=runner.subject.name,
         fused=runner.subject.fused,
+        backend=runner.subject.backend or "",
         height=runner.size[0],
         width=runner.size[1],
         params=runner.num_params,
@@ -440,7 +462,7 @@ def format_rows(rows: Sequence[dict[str, Any]], setup: Setup) -> str:
     kind = rows[0]["memory_kind"] or "not measured on this system"
     cells = [
         [
-            row["model"] + (" (fused)" if row["fused"] else ""),
+            Subject(row["model"], row["fused"], row["backend"] or None).label,
             f"{row['height']}x{row['width']}",
             f"{row['params'] / 1e6:.2f}",
             f"{row['macs'] / 1e9:.2f}",
@@ -471,7 +493,7 @@ def format_rows(rows: Sequence[dict[str, Any]], setup: Setup) -> str:
 
 
 @contextlib.contextmanager
-def _new_file(path: str | None) -> Iterator[Any]:
+def new_file(path: str | None) -> Iterator[Any]:
     """Open a file that must not be there yet, at once; it goes away again if the work fails."""
     if path is None:
         yield None
@@ -515,6 +537,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fuse", action="store_true", help="time the zoo's models with fused norms as well"
     )
     parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="time the zoo's models on these backends of their operators as well: "
+        + ", ".join(BACKENDS),
+    )
+    parser.add_argument(
         "--features-only", action="store_true", help="time the stage maps, without norm and head"
     )
     parser.add_argument(
@@ -540,7 +570,9 @@ def run(args: argparse.Namespace) -> None:
     """Time models, print the table and write it where `--out` says."""
     if args.train and args.fuse:
         raise ValueError("--fuse is for inference: leave out it or --train")
-    subjects = list_subjects(args.models, fuse=args.fuse, peers=args.vs or ())
+    subjects = list_subjects(
+        args.models, fuse=args.fuse, backends=args.backends, peers=args.vs or ()
+    )
     sizes = [tuple(size) for size in args.size or [input_size(args.models[0])[1:]]]
     setup = Setup(
         batch=args.batch,
@@ -552,7 +584,7 @@ def run(args: argparse.Namespace) -> None:
         train=args.train,
         features_only=args.features_only,
     )
-    with _new_file(args.out) as file:
+    with new_file(args.out) as file:
         rows = measure(subjects, sizes, setup, rounds=args.repeats)
         if file is not None:
             shared = {**describe_run(setup), "command": _command(args)}
@@ -574,7 +606,9 @@ def _command(args: argparse.Namespace) -> str:
         words += ["--size", str(height), str(width)]
     for name in ("channels_last", "compile", "train", "fuse", "features_only"):
         words += [f"--{name.replace('_', '-')}"] if getattr(args, name) else []
-    return shlex.join([*words, *(["--vs", *args.vs] if args.vs else [])])
+    for name in ("backends", "vs"):
+        words += [f"--{name}", *getattr(args, name)] if getattr(args, name) else []
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def test_parameters_and_macs_are_the_official_ones(variant):
     for size, macs in case_file["macs"].items():
         report = count_macs(model, tuple(map(int, size.split("x"))))
         assert report.params == case_file["params"]
-        # The averages of heads, which we count and the recorded figures may lack, are less.
-        assert report.macs == pytest.approx(macs, rel=1e-3)
+        # The recorded figures lack LayerNorm; the averages of heads, which they may lack, are less.
+        ours = report.macs - report.operators.get("layer_norm", 0)
+        assert ours == pytest.approx(macs, rel=1e-3)
         assert report.uncounted == {}

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 
+from densezoo.kernels.runtime import requested_backend
 from densezoo.tools import bench_throughput
 from densezoo.tools.bench_throughput import Subject, list_subjects
 from densezoo.tools.cli import build_parser, main
@@ -117,7 +118,7 @@ def test_a_training_step_leaves_no_gradients_and_inference_no_graph(train):
     outputs = []
     model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     statistics = model.norm.running_mean.clone()
-    bench_throughput._make_step(model, (32, 32), setup)()
+    bench_throughput._make_step(model, Subject("cas_vit_xs"), (32, 32), setup)()
     assert outputs[0].requires_grad is train
     assert torch.equal(model.norm.running_mean, statistics) is not train
     assert all(p.grad is None for p in model.parameters())
@@ -130,6 +131,21 @@ def test_the_yardstick_is_timed_once_and_peers_follow_the_models():
         Subject("cas_vit_s", fused=True),
         Subject("resnet18"),
     ]
+    assert list_subjects(["resnet50", "nat_mini"], backends=["reference", "cpu"]) == [
+        Subject("resnet50"),
+        Subject("nat_mini"),
+        Subject("nat_mini", backend="reference"),
+        Subject("nat_mini", backend="cpu"),
+    ]
+
+
+def test_a_model_is_run_on_the_backend_of_its_subject():
+    model = torch.nn.Conv2d(3, 4, 1)
+    asked = []
+    model.register_forward_hook(lambda *args: asked.append(requested_backend()[0]))
+    for subject in (Subject("nat_mini"), Subject("nat_mini", backend="reference")):
+        bench_throughput._make_step(model, subject, (8, 8), bench_throughput.Setup())()
+    assert asked == [None, "reference"]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +155,8 @@ def test_the_yardstick_is_timed_once_and_peers_follow_the_models():
         ("cas_vit_xs --vs timm:resnet5", "did you mean"),
         ("cas_vit_xs --vs resnet18", "--vs takes timm:NAME"),
         ("resnet18 --fuse", "--fuse takes models of densezoo"),
+        ("resnet18 --backends cpu", "--backends takes models of densezoo"),
+        ("cas_vit_xs --backends fast", "--backends is 'fast': one of triton, cpu, reference"),
         ("cas_vit_xs --fuse --train", "--fuse is for inference"),
         ("cas_vit_xs --size 0 32", "the size is 0 32"),
         ("cas_vit_xs --batch 0", "batch is 0"),

@@ -1,0 +1,358 @@
+"""Neighborhood attention on Triton kernels: what can run, the launches, and their tuning.
+
+The kernels are in :mod:`.triton_forward` and :mod:`.triton_backward`, which are imported when one
+is launched: importing this module does not import Triton. A 1-D grid is a map of one row.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import runtime
+from .windows import Neighborhood
+
+NAME = "triton"
+MAX_HEAD_DIM = 128
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Sums over all positions are shared among programs, enough to fill a GPU, not more: every share
+# takes memory.
+_BIAS_PROGRAMS = 1024
+_EXTRA_QUERIES = 1024
+_MAX_EXTRA_SHARES = 64
+
+
+class Tiling(NamedTuple):
+    """How a kernel divides its work.
+
+    Attributes:
+        tile_h: rows of the tile that a program owns, in members of a dilation group.
+        tile_w: columns of the tile.
+        block: members that it takes at a time of those it walks through.
+        num_warps: warps of a program.
+        num_stages: blocks under way at a time.
+    """
+
+    tile_h: int
+    tile_w: int
+    block: int
+    num_warps: int
+    num_stages: int
+
+
+# In the interpreter nothing is tuned; tiles are so small that a small map has several.
+INTERPRETED = {"line": Tiling(1, 16, 16, 1, 1), "map": Tiling(4, 4, 16, 1, 1)}
+
+
+def tilings(kernel: str, shape: str, dtype: torch.dtype, block_d: int) -> tuple[Tiling, ...]:
+    """List the divisions that a kernel is tuned over on a GPU.
+
+    Args:
+        kernel: name of the kernel.
+        shape: "line" for 1-D grids, "small_map" where dilation groups have at most 8 rows and
+            columns, "map".
+        dtype: dtype of the tokens.
+        block_d: channels of a head, rounded up to a power of two.
+    """
+    if runtime.is_interpreted():
+        return (
+            INTERPRETED["line" if shape == "line" or kernel == "_backward_extra_kernel" else "map"],
+        )
+    return (Tiling(8, 8, 64, 4, 2),) if shape != "line" else (Tiling(1, 64, 64, 4, 2),)
+
+
+def why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    neighborhood: Neighborhood,
+) -> str | None:
+    """Tell why the kernels cannot run this call, or None if they can."""
+    if neighborhood.num_axes > 2:
+        return f"the grid has {neighborhood.num_axes} axes, the kernels take 1 or 2"
+    if query.dtype not in DTYPES:
+        return f"the dtype is {query.dtype}, the kernels take float16, bfloat16 and float32"
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim is {query.shape[-1]}, the kernels take {MAX_HEAD_DIM} at most"
+    return runtime.why_no_triton(query.device)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    neighborhood: Neighborhood,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute the output and the log-sum-exp, as the reference does.
+
+    Args:
+        query: (B, *grid, heads, head_dim), 1-D or 2-D grid; any strides, as all inputs.
+        key: like query.
+        value: like query.
+        bias: (heads, 2 K_1 - 1, ...).
+        extra_key: (B, M, heads, head_dim).
+        extra_value: like extra_key.
+        neighborhood: the windows.
+        scale: factor of the logits.
+
+    Returns:
+        The output, contiguous, like query; the natural logarithm of the softmax's denominator,
+        (B, *grid, heads), float32.
+    """
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    call = _Call(query, neighborhood, scale)
+    call.add_tokens(query=query, key=key, value=value)
+    call.add_tables(bias, extra_key, extra_value)
+    call.launch_tiled("_forward_kernel", out_ptr=out, lse_ptr=lse)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    neighborhood: Neighborhood,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the gradients of query, key, value, bias, extra_key and extra_value.
+
+    They are deterministic: every sum is made in a fixed order.
+
+    Args:
+        grad_out: cotangent of the output, any strides.
+        grad_lse: cotangent of the log-sum-exp, or None.
+        query: as in :func:`forward`, like all that follow.
+        key: see there.
+        value: see there.
+        bias: see there.
+        extra_key: see there.
+        extra_value: see there.
+        out: what the forward pass returned.
+        lse: what the forward pass returned.
+        neighborhood: the windows.
+        scale: factor of the logits.
+
+    Returns:
+        The gradients, contiguous, in the inputs' dtypes; None for inputs that are None.
+    """
+    call = _Call(query, neighborhood, scale)
+    call.add_tokens(grad_out=grad_out, query=query, key=key, value=value)
+    call.add_tables(bias, extra_key, extra_value)
+    shared = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    call.arguments |= {"lse_ptr": lse.contiguous(), "shared_ptr": shared}
+    grad_query, grad_key, grad_value = (query.new_empty(query.shape) for _ in range(3))
+    call.launch_tiled(
+        "_backward_query_kernel",
+        grad_lse_ptr=None if grad_lse is None else grad_lse.contiguous(),
+        out_ptr=out.contiguous(),
+        grad_query_ptr=grad_query,
+    )
+    call.launch_tiled("_backward_key_kernel", grad_key_ptr=grad_key, grad_value_ptr=grad_value)
+    grad_bias = grad_extra_key = grad_extra_value = None
+    if bias is not None:
+        grad_bias = _bias_gradient(call, bias)
+    if extra_key is not None and extra_value is not None:
+        grad_extra_key, grad_extra_value = _extra_gradients(call, extra_key, extra_value)
+    return grad_query, grad_key, grad_value, grad_bias, grad_extra_key, grad_extra_value
+
+
+class _Call:
+    """The arguments of a call's kernels, by their names, and the launches."""
+
+    def __init__(self, query: Tensor, neighborhood: Neighborhood, scale: float) -> None:
+        is_line = neighborhood.num_axes == 1
+        self.batch_size, *grid, self.num_heads, self.head_dim = query.shape
+        self.device, self.dtype = query.device, query.dtype
+        self.height, self.width = (1, *grid) if is_line else grid
+        self.dilation = (1, *neighborhood.dilation)[-2:]
+        self.kernel_size = (1, *neighborhood.kernel_size)[-2:]
+        stride = (1, *neighborhood.stride)[-2:]
+        is_causal = (False, *neighborhood.is_causal)[-2:]
+        self.largest_group = (
+            -(-self.height // self.dilation[0]),
+            -(-self.width // self.dilation[1]),
+        )
+        if is_line:
+            self.shape = "line"
+        else:
+            self.shape = "small_map" if max(self.largest_group) <= 8 else "map"
+        self.block_d = max(16, 1 << (self.head_dim - 1).bit_length())
+        self.arguments: dict[str, Any] = {
+            "scale": scale,
+            "batch_size": self.batch_size,
+            "num_heads": self.num_heads,
+            "height": self.height,
+            "width": self.width,
+            "dilation_h": self.dilation[0],
+            "dilation_w": self.dilation[1],
+            "HEAD_DIM": self.head_dim,
+            "KERNEL_H": self.kernel_size[0],
+            "KERNEL_W": self.kernel_size[1],
+            "STRIDE_H": stride[0],
+            "STRIDE_W": stride[1],
+            "CAUSAL_H": is_causal[0],
+            "CAUSAL_W": is_causal[1],
+            "PRECISION": "tf32" if self.dtype == torch.float32 and allows_tf32() else "ieee",
+            "BLOCK_D": self.block_d,
+        }
+
+    def add_tokens(self, **tensors: Tensor) -> None:
+        """Add tensors (B, *grid, heads, head_dim) and their strides."""
+        for name, tensor in tensors.items():
+            strides = tensor.stride()
+            if tensor.ndim == 4:
+                strides = (strides[0], 0, *strides[1:])
+            self.arguments[f"{name}_ptr"] = tensor
+            for axis, stride in zip("bhwnd", strides, strict=True):
+                self.arguments[f"{name}_stride_{axis}"] = stride
+
+    def add_tables(
+        self, bias: Tensor | None, extra_key: Tensor | None, extra_value: Tensor | None
+    ) -> None:
+        """Add what is small enough to be copied where it is not contiguous."""
+        tables = {"bias_ptr": bias, "extra_key_ptr": extra_key, "extra_value_ptr": extra_value}
+        for name, table in tables.items():
+            self.arguments[name] = None if table is None else table.contiguous()
+        self.arguments["num_extra"] = 0 if extra_key is None else extra_key.shape[1]
+
+    def num_tiles(self, tile_h: int, tile_w: int) -> int:
+        """Count the tiles of an image, those of smaller groups that hold nothing included."""
+        rows, columns = self.largest_group
+        num_groups = self.dilation[0] * self.dilation[1]
+        return num_groups * -(-rows // tile_h) * -(-columns // tile_w)
+
+    def launch_tiled(self, name: str, **arguments: Any) -> None:
+        """Launch a kernel whose programs own a tile of an image and head each."""
+
+        def grid(options: dict[str, Any]) -> tuple[int]:
+            tiles = self.num_tiles(options["TILE_H"], options["TILE_W"])
+            return (tiles * self.batch_size * self.num_heads,)
+
+        self.launch(name, grid, **arguments)
+
+    def launch(self, name: str, grid: Any, **arguments: Any) -> None:
+        """Launch a kernel on the tensors' device."""
+        kernel = _tuned_kernel(name, self.shape, self.dtype, self.block_d)
+        known = self.arguments | arguments
+        with torch.cuda.device_of(self.arguments["query_ptr"]):
+            kernel[grid](**{name: known[name] for name in kernel.arg_names if name in known})
+
+
+def _bias_gradient(call: _Call, bias: Tensor) -> Tensor:
+    """Sum the gradients of logits by their offsets, (heads, 2 K_1 - 1, ...)."""
+    tiling = tilings("_backward_bias_kernel", call.shape, call.dtype, call.block_d)[0]
+    num_queries = tiling.tile_h * tiling.tile_w
+    span_h, span_w = (
+        tile + 2 * kernel_size - 2
+        for tile, kernel_size in zip(tiling[:2], call.kernel_size, strict=True)
+    )
+    num_blocks = -(-span_h * span_w // tiling.block)
+    num_tiles = call.num_tiles(*tiling[:2]) * call.batch_size
+    num_shares = min(num_tiles, max(1, _BIAS_PROGRAMS // (num_blocks * call.num_heads)))
+    shape = (num_shares, call.num_heads, num_blocks, num_queries, tiling.block)
+    partial = torch.empty(shape, dtype=torch.float32, device=call.device)
+    call.launch(
+        "_backward_bias_kernel",
+        (num_shares * call.num_heads * num_blocks,),
+        partial_ptr=partial,
+        num_shares=num_shares,
+    )
+    by_pair = partial.sum(0).transpose(1, 2).flatten(1)  # (heads, queries x keys)
+    pairs = _pairs_by_offset(tiling[:2], call.kernel_size, num_blocks * tiling.block, call.device)
+    return by_pair[:, pairs].sum(-1).to(bias.dtype).view(bias.shape)
+
+
+@functools.cache
+def _pairs_by_offset(
+    tile: tuple[int, int], kernel_size: tuple[int, int], num_keys: int, device: torch.device
+) -> Tensor:
+    """Find the pairs (query of a tile, key around it) of every offset: (offsets, queries).
+
+    Pairs are numbered query x num_keys + key, the keys as ``_backward_bias_kernel`` does.
+    """
+    axes = [torch.arange(2 * size - 1, device=device) for size in kernel_size]
+    rows, columns = (torch.arange(size, device=device) for size in tile)
+    key_h = axes[0][:, None, None, None] + rows[:, None]
+    key_w = axes[1][:, None, None] + columns
+    query = rows[:, None] * tile[1] + columns
+    span_w = tile[1] + 2 * kernel_size[1] - 2
+    return (query * num_keys + key_h * span_w + key_w).flatten(0, 1).flatten(1)
+
+
+def _extra_gradients(call: _Call, extra_key: Tensor, extra_value: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the gradients of extra keys and values over all queries, (B, M, heads, head_dim)."""
+    num_positions = call.height * call.width
+    num_shares = min(-(-num_positions // _EXTRA_QUERIES), _MAX_EXTRA_SHARES)
+    tiling = tilings("_backward_extra_kernel", call.shape, call.dtype, call.block_d)[0]
+    num_blocks = -(-extra_key.shape[1] // tiling.tile_w)
+    shape = (num_shares, *extra_key.shape)
+    grad_key, grad_value = (
+        torch.empty(shape, dtype=torch.float32, device=call.device) for _ in range(2)
+    )
+    call.launch(
+        "_backward_extra_kernel",
+        (num_shares * call.batch_size * call.num_heads * num_blocks,),
+        partial_key_ptr=grad_key,
+        partial_value_ptr=grad_value,
+        num_shares=num_shares,
+    )
+    scale = call.arguments["scale"]
+    return (
+        (grad_key.sum(0) * scale).to(extra_key.dtype),
+        grad_value.sum(0).to(extra_value.dtype),
+    )
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch's own float32 products may be TensorFloat-32: the kernels follow it."""
+    if torch.version.hip is not None:
+        return False
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # reading the older switch raises after this one is set
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
+@functools.cache
+def _tuned_kernel(name: str, shape: str, dtype: torch.dtype, block_d: int) -> Any:
+    """Get a kernel that chooses among its tilings where there are several."""
+    import triton
+
+    from . import triton_backward, triton_forward
+
+    module = triton_forward if name == "_forward_kernel" else triton_backward
+    kernel = getattr(module, name)
+    configs = [
+        triton.Config(
+            {key: value for key, value in options(tiling).items() if key in kernel.arg_names},
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+        )
+        for tiling in tilings(name, shape, dtype, block_d)
+    ]
+    key = ["HEAD_DIM", *(n for n in kernel.arg_names if n.startswith(("KERNEL_", "STRIDE_")))]
+    return triton.autotune(configs, key)(kernel)
+
+
+def options(tiling: Tiling) -> dict[str, int]:
+    """Give a tiling as kernels' arguments."""
+    return {"TILE_H": tiling.tile_h, "TILE_W": tiling.tile_w, "BLOCK": tiling.block}

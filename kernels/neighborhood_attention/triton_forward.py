@@ -1,0 +1,311 @@
+"""The Triton kernel of the forward pass, and the pieces that the backward kernels share with it.
+
+A grid of two axes (a 1-D one has a first axis of length 1) falls apart into dilation groups. A
+tile is TILE_H x TILE_W members of one group. The members of a rectangle of a group are numbered
+row by row, and a kernel walks through such numbers in blocks, so that no shape of tile, window or
+map wastes more than the end of the last block. The forward kernel's program owns a tile of queries
+and walks through the union of their windows: the windows are exact masks inside it.
+
+Logits are in units of log 2. Every sum is made by one program in a fixed order: results are
+deterministic. Positions are multiplied with strides in int64: tensors may have more than 2**31
+elements.
+"""
+
+import triton
+import triton.language as tl
+
+# Below every logit and finite: the difference of two of them is 0, not NaN.
+LOWEST = tl.constexpr(-1.0e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOG_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _window(index, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """Start and number of the keys that members ``index`` of a group of ``size`` see."""
+    if IS_CAUSAL:
+        leader = tl.minimum(index // STRIDE * STRIDE + (STRIDE - 1), size - 1)
+        start = tl.maximum(leader - (KERNEL - 1), 0)
+        return start, index + 1 - start
+    else:
+        leader = index // STRIDE * STRIDE + STRIDE // 2
+        start = tl.minimum(tl.maximum(leader - KERNEL // 2, 0), size - KERNEL)
+        return start, index * 0 + KERNEL
+
+
+@triton.jit
+def _windows_of_tile(
+    first,
+    size,
+    TILE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """Start and length of the union of the windows of queries first .. first + TILE - 1."""
+    begin, _ = _window(first, size, KERNEL, STRIDE, IS_CAUSAL)
+    start, count = _window(
+        tl.minimum(first + (TILE - 1), size - 1), size, KERNEL, STRIDE, IS_CAUSAL
+    )
+    return begin, start + count - begin
+
+
+@triton.jit
+def _queries_of_tile(
+    first,
+    size,
+    TILE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """Start and length of a range that holds all queries that see keys first .. first + TILE - 1.
+
+    Windows that were shifted inside at an end of the group are seen by all queries up to the end.
+    """
+    last = tl.minimum(first + (TILE - 1), size - 1)
+    if IS_CAUSAL:
+        begin = first
+        end = tl.minimum(last + (KERNEL - 1), size - 1)
+    else:
+        LEFT: tl.constexpr = KERNEL // 2
+        RIGHT: tl.constexpr = KERNEL - 1 - LEFT
+        HALF: tl.constexpr = STRIDE // 2
+        begin = tl.where(first < KERNEL, 0, tl.maximum(first - (RIGHT + HALF), 0))
+        end = tl.where(last >= size - KERNEL, size - 1, last + (LEFT + STRIDE - 1 - HALF))
+        end = tl.minimum(end, size - 1)
+    return begin, end + 1 - begin
+
+
+@triton.jit
+def _group_size(length, dilation, group):
+    """Members of a dilation group of an axis."""
+    return (length - group + dilation - 1) // dilation
+
+
+@triton.jit
+def _find_tile(
+    index, height, width, dilation_h, dilation_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr
+):
+    """Turn a number below the tiles of a map into its group and first members.
+
+    All groups have as many tiles as the largest: the last of a smaller one can be empty.
+    """
+    num_tiles_h = tl.cdiv(tl.cdiv(height, dilation_h), TILE_H)
+    num_tiles_w = tl.cdiv(tl.cdiv(width, dilation_w), TILE_W)
+    first_w = index % num_tiles_w * TILE_W
+    index = index // num_tiles_w
+    first_h = index % num_tiles_h * TILE_H
+    index = index // num_tiles_h
+    return index // dilation_w, index % dilation_w, first_h, first_w
+
+
+@triton.jit
+def _num_tiles(height, width, dilation_h, dilation_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Tiles of a map, empty ones of smaller groups included."""
+    num_tiles_h = tl.cdiv(tl.cdiv(height, dilation_h), TILE_H)
+    num_tiles_w = tl.cdiv(tl.cdiv(width, dilation_w), TILE_W)
+    return num_tiles_h * num_tiles_w * dilation_h * dilation_w
+
+
+@triton.jit
+def _offset(row, column, stride_h, stride_w):
+    """Elements from the first token of an image to others of its map."""
+    return row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+
+
+@triton.jit
+def _load_tokens(
+    pointer, offset, stride_d, is_token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Load (tokens, channels), 0 where there is none."""
+    channel = tl.arange(0, BLOCK_D)
+    return tl.load(
+        pointer + offset[:, None] + channel.to(tl.int64)[None, :] * stride_d,
+        mask=is_token[:, None] & (channel < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _store_tokens(pointer, offset, tokens, is_token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store (tokens, channels) into a tensor that is contiguous in the channels."""
+    channel = tl.arange(0, BLOCK_D)
+    tl.store(
+        pointer + offset[:, None] + channel[None, :],
+        tokens.to(pointer.dtype.element_ty),
+        mask=is_token[:, None] & (channel < HEAD_DIM)[None, :],
+    )
+
+
+@triton.jit
+def _mask_logits(
+    logits,
+    bias_ptr,
+    head,
+    query_h,
+    query_w,
+    key_h,
+    key_w,
+    size_h,
+    size_w,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    CAUSAL_H: tl.constexpr,
+    CAUSAL_W: tl.constexpr,
+):
+    """Add the bias, and set to minus infinity what a query does not see.
+
+    Members of queries and keys are shaped to broadcast to the logits. No query sees key -1.
+    """
+    start_h, count_h = _window(query_h, size_h, KERNEL_H, STRIDE_H, CAUSAL_H)
+    start_w, count_w = _window(query_w, size_w, KERNEL_W, STRIDE_W, CAUSAL_W)
+    # Unsigned: one comparison holds both ends of a window.
+    is_seen = (key_h - start_h).to(tl.uint32) < count_h.to(tl.uint32)
+    is_seen &= (key_w - start_w).to(tl.uint32) < count_w.to(tl.uint32)
+    if bias_ptr is not None:
+        SIZE_W: tl.constexpr = 2 * KERNEL_W - 1
+        CENTER: tl.constexpr = (KERNEL_H - 1) * SIZE_W + KERNEL_W - 1
+        table = bias_ptr + head * ((2 * KERNEL_H - 1) * SIZE_W)
+        index = (key_h * SIZE_W + key_w) - (query_h * SIZE_W + query_w - CENTER)
+        # A place that exists instead of a mask: masks of so many loads spill on AMD's GPUs.
+        logits += LOG2_E * tl.load(table + tl.where(is_seen, index, 0)).to(tl.float32)
+    return tl.where(is_seen, logits, float("-inf"))
+
+
+@triton.jit
+def _accumulate(highest, total, out, logits, v, PRECISION: tl.constexpr):
+    """Take a block of keys into the online softmax: row maxima, denominators, weighted values."""
+    new_highest = tl.maximum(highest, tl.max(logits, 1))
+    weights = tl.exp2(logits - new_highest[:, None])
+    decay = tl.exp2(highest - new_highest)
+    total = total * decay + tl.sum(weights, 1)
+    out = out * decay[:, None]
+    out += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return new_highest, total, out
+
+
+@triton.jit
+def _forward_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    bias_ptr,
+    extra_key_ptr,
+    extra_value_ptr,
+    out_ptr,
+    lse_ptr,
+    query_stride_b,
+    query_stride_h,
+    query_stride_w,
+    query_stride_n,
+    query_stride_d,
+    key_stride_b,
+    key_stride_h,
+    key_stride_w,
+    key_stride_n,
+    key_stride_d,
+    value_stride_b,
+    value_stride_h,
+    value_stride_w,
+    value_stride_n,
+    value_stride_d,
+    scale,
+    num_heads,
+    height,
+    width,
+    dilation_h,
+    dilation_w,
+    num_extra,
+    HEAD_DIM: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    CAUSAL_H: tl.constexpr,
+    CAUSAL_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Attend: a program owns a tile of queries of one image and head."""
+    num_tiles = _num_tiles(height, width, dilation_h, dilation_w, TILE_H, TILE_W)
+    program = tl.program_id(0)
+    group_h, group_w, first_h, first_w = _find_tile(
+        program % num_tiles, height, width, dilation_h, dilation_w, TILE_H, TILE_W
+    )
+    size_h = _group_size(height, dilation_h, group_h)
+    size_w = _group_size(width, dilation_w, group_w)
+    if (first_h >= size_h) | (first_w >= size_w):
+        return
+    head = (program // num_tiles % num_heads).to(tl.int64)
+    batch = (program // num_tiles // num_heads).to(tl.int64)
+    query_ptr += batch * query_stride_b + head * query_stride_n
+    key_ptr += batch * key_stride_b + head * key_stride_n
+    value_ptr += batch * value_stride_b + head * value_stride_n
+
+    member = tl.arange(0, TILE_H * TILE_W)
+    query_h = first_h + member // TILE_W
+    query_w = first_w + member % TILE_W
+    is_query = (query_h < size_h) & (query_w < size_w)
+    row = group_h + dilation_h * query_h
+    column = group_w + dilation_w * query_w
+    q_offset = _offset(row, column, query_stride_h, query_stride_w)
+    q = _load_tokens(query_ptr, q_offset, query_stride_d, is_query, HEAD_DIM, BLOCK_D)
+    # Queries behind the end of the group do as its last one does, and are not stored.
+    query_h = tl.minimum(query_h, size_h - 1)
+    query_w = tl.minimum(query_w, size_w - 1)
+
+    highest = tl.full([TILE_H * TILE_W], LOWEST, tl.float32)
+    total = tl.zeros([TILE_H * TILE_W], tl.float32)
+    out = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
+    begin_h, span_h = _windows_of_tile(first_h, size_h, TILE_H, KERNEL_H, STRIDE_H, CAUSAL_H)
+    begin_w, span_w = _windows_of_tile(first_w, size_w, TILE_W, KERNEL_W, STRIDE_W, CAUSAL_W)
+    for first_key in range(0, span_h * span_w, BLOCK):
+        number = first_key + tl.arange(0, BLOCK)
+        is_key = number < span_h * span_w
+        key_h = tl.where(is_key, begin_h + number // span_w, -1)
+        key_w = begin_w + number % span_w
+        row_k = group_h + dilation_h * key_h
+        column_k = group_w + dilation_w * key_w
+        k_offset = _offset(row_k, column_k, key_stride_h, key_stride_w)
+        v_offset = _offset(row_k, column_k, value_stride_h, value_stride_w)
+        k = _load_tokens(key_ptr, k_offset, key_stride_d, is_key, HEAD_DIM, BLOCK_D)
+        v = _load_tokens(value_ptr, v_offset, value_stride_d, is_key, HEAD_DIM, BLOCK_D)
+        logits = _mask_logits(
+            tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E),
+            bias_ptr,
+            head,
+            query_h[:, None],
+            query_w[:, None],
+            key_h[None, :],
+            key_w[None, :],
+            size_h,
+            size_w,
+            KERNEL_H,
+            KERNEL_W,
+            STRIDE_H,
+            STRIDE_W,
+            CAUSAL_H,
+            CAUSAL_W,
+        )
+        highest, total, out = _accumulate(highest, total, out, logits, v, PRECISION)
+    if extra_key_ptr is not None:
+        extra_base = (batch * num_extra * num_heads + head) * HEAD_DIM
+        for first_key in range(0, num_extra, BLOCK):
+            number = first_key + tl.arange(0, BLOCK)
+            is_key = number < num_extra
+            offset = extra_base + number * (num_heads * HEAD_DIM)
+            k = _load_tokens(extra_key_ptr, offset, 1, is_key, HEAD_DIM, BLOCK_D)
+            v = _load_tokens(extra_value_ptr, offset, 1, is_key, HEAD_DIM, BLOCK_D)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+            logits = tl.where(is_key[None, :], logits, float("-inf"))
+            highest, total, out = _accumulate(highest, total, out, logits, v, PRECISION)
+
+    token = _offset(batch * height + row, column, width * num_heads, num_heads) + head
+    _store_tokens(out_ptr, token * HEAD_DIM, out / total[:, None], is_query, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + token, (highest + tl.log2(total)) * LOG_2, mask=is_query)

@@ -1,0 +1,88 @@
+"""Neighborhood attention as a layer: projections, relative position bias, padding of small maps.
+
+Legend: B batch, H and W height and width of the map, C channels. All maps are NHWC.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import trunc_normal_
+from torch import nn
+
+from ..kernels import neighborhood_attention
+from .arguments import check_whole_number
+
+
+class NeighborhoodAttention(nn.Module):
+    """Multi-head attention of each position to its kernel_size x kernel_size neighbours. NHWC.
+
+    (B, H, W, C) -> (B, H, W, C). With a dilation d, neighbours are d positions apart. At borders
+    the neighborhood is shifted inside: every position has as many neighbours.
+
+    A side under kernel_size * dilation is padded to that, at the bottom or right, with positions
+    of a zero input: their keys and values are the bias of `qkv`, and they are attended to as any
+    neighbour is. That is what NATTEN 0.14's module does, which published weights depend on.
+
+    Hassani et al., arXiv:2204.07143; dilation: Hassani and Shi, arXiv:2209.15001.
+
+    Args:
+        dim: channels C.
+        num_heads: heads; divides `dim`.
+        kernel_size: neighbours per axis; odd, at least 3.
+        dilation: positions from a neighbour to the next, per axis.
+
+    Raises:
+        ValueError: an argument is none of these.
+    """
+
+    def __init__(self, dim: int, num_heads: int, kernel_size: int = 7, dilation: int = 1) -> None:
+        super().__init__()
+        check_whole_number("dim", dim, 1)
+        check_whole_number("num_heads", num_heads, 1)
+        check_whole_number("kernel_size", kernel_size, 3)
+        check_whole_number("dilation", dilation, 1)
+        if dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}: a divisor of dim {dim} is taken")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}: an odd number is taken")
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.qkv = nn.Linear(dim, 3 * dim)
+        table = torch.empty(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
+        self.rel_pos_bias = nn.Parameter(table)
+        self.proj = nn.Linear(dim, dim)
+        trunc_normal_(self.rel_pos_bias, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[1:3]
+        qkv = self.qkv(x)
+        qkv = self._pad(self._pad(qkv, 1), 2)
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        x = neighborhood_attention(
+            query, key, value, self.kernel_size, dilation=self.dilation, bias=self.rel_pos_bias
+        )
+        return self.proj(x[:, :height, :width].flatten(3))
+
+    def _pad(self, qkv: torch.Tensor, axis: int) -> torch.Tensor:
+        """Extend an axis of (B, H, W, 3C) to kernel_size * dilation with what a zero input gives.
+
+        Compilers and exporters get no branch on the size: all sizes share one graph.
+        """
+        length, least = qkv.shape[axis], self.kernel_size * self.dilation
+        is_open = isinstance(length, torch.SymInt) or torch.compiler.is_compiling()
+        if not is_open and length >= least:
+            return qkv
+        shape = list(qkv.shape)
+        shape[axis] = 1 if is_open else least - length
+        padding = self.qkv.bias.to(qkv.dtype).expand(shape)
+        qkv = torch.cat([qkv, padding], dim=axis)
+        if not is_open:
+            return qkv
+        positions = torch.arange(torch.sym_max(length, least), device=qkv.device)
+        return qkv.index_select(axis, positions.clamp(max=length))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+        )
