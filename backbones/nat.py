@@ -39,6 +39,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers.arguments import check_number, check_whole_number, is_whole_number
+from ..layers.linear import Linear
 from ..layers.mlp import Mlp
 from ..layers.neighborhood_attention import NeighborhoodAttention
 from ..layers.rel_pos import resize_rel_pos_bias
@@ -215,7 +216,7 @@ class PatchMerging(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * in_dim)
-        self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
+        self.reduction = Linear(4 * in_dim, dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, 1, 0, 1))  # the same for every size

@@ -23,6 +23,7 @@ VARIABLE = "DENSEZOO_BACKEND"
 
 _used_backend: ContextVar[str | None] = ContextVar("densezoo_backend", default=None)
 _is_kept_whole: ContextVar[bool] = ContextVar("densezoo_is_kept_whole", default=False)
+_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 _choosers: dict[Callable[..., Any], Callable[..., Choice]] = {}
 
 
@@ -134,7 +135,8 @@ def first_able(operator: str, refusals: Mapping[str, Callable[[], str | None]]) 
     """
     declined: dict[str, str] = {}
     for backend, refuse in refusals.items():
-        refusal = refuse()
+        is_unasked = backend == "triton" and is_interpreted()
+        refusal = "its interpreter runs when asked for by name" if is_unasked else refuse()
         if refusal is None:
             reason = f"the first of {', '.join(refusals)} that can run the call"
             return Choice(backend, reason, declined)
@@ -183,6 +185,17 @@ def is_taken_apart() -> bool:
     return torch.jit.is_tracing() and not _is_kept_whole.get()
 
 
+def why_no_operator() -> str | None:
+    """Tell why no operator of ours can be called, whatever runs it; None if it can."""
+    if torch.compiler.is_compiling():
+        return None
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any(transform.key() in _DERIVATIVES for transform in transforms):
+        return "torch.func differentiates it, which plain PyTorch alone allows"
+    return None
+
+
+@torch.compiler.assume_constant_result
 def is_interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, which is decided when they are imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"

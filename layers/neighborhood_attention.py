@@ -11,6 +11,7 @@ from torch import nn
 
 from ..kernels import neighborhood_attention
 from .arguments import check_whole_number
+from .linear import Linear
 
 
 class NeighborhoodAttention(nn.Module):
@@ -48,21 +49,21 @@ class NeighborhoodAttention(nn.Module):
         self.num_heads = num_heads
         self.kernel_size = kernel_size
         self.dilation = dilation
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         table = torch.empty(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
         self.rel_pos_bias = nn.Parameter(table)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         trunc_normal_(self.rel_pos_bias, std=0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[1:3]
-        qkv = self.qkv(x)
-        qkv = self._pad(self._pad(qkv, 1), 2)
+        qkv = self._pad(self._pad(self.qkv(x), 1), 2)
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         x = neighborhood_attention(
             query, key, value, self.kernel_size, dilation=self.dilation, bias=self.rel_pos_bias
         )
-        return self.proj(x[:, :height, :width].flatten(3))
+        x = _crop(_crop(x.flatten(3), 1, height), 2, width)
+        return self.proj(x)
 
     def _pad(self, qkv: torch.Tensor, axis: int) -> torch.Tensor:
         """Extend an axis of (B, H, W, 3C) to kernel_size * dilation with what a zero input gives.
@@ -70,7 +71,7 @@ class NeighborhoodAttention(nn.Module):
         Compilers and exporters get no branch on the size: all sizes share one graph.
         """
         length, least = qkv.shape[axis], self.kernel_size * self.dilation
-        is_open = isinstance(length, torch.SymInt) or torch.compiler.is_compiling()
+        is_open = _is_open(length)
         if not is_open and length >= least:
             return qkv
         shape = list(qkv.shape)
@@ -86,3 +87,15 @@ class NeighborhoodAttention(nn.Module):
         return (
             f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
         )
+
+
+def _is_open(length: int | torch.SymInt) -> bool:
+    """Whether a program is traced for more lengths of an axis than this one."""
+    return isinstance(length, torch.SymInt) or torch.compiler.is_dynamo_compiling()
+
+
+def _crop(x: torch.Tensor, axis: int, length: int | torch.SymInt) -> torch.Tensor:
+    """Take the first `length` positions of an axis."""
+    if _is_open(length):  # a view would be contiguous or not by the size: a graph for each
+        return x.index_select(axis, torch.arange(length, device=x.device))
+    return x.narrow(axis, 0, length)

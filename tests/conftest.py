@@ -1,11 +1,16 @@
-"""Shared fixtures."""
+"""Shared fixtures; the mode that Triton's kernels are tested in, and how many tests did."""
 
 import os
 
 import pytest
 import torch
 
-import densezoo  # noqa: F401  offers mmcv._ext before a test imports mmcv.ops
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Kernels are compiled or interpreted as is said when they are imported, so before anything.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import densezoo  # noqa: E402, F401  offers mmcv._ext before a test imports mmcv.ops
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; more threads than cores cost several times the time. Tests'
@@ -31,3 +36,41 @@ def settle():
         return model.eval()
 
     return settle_
+
+
+@pytest.fixture
+def kernel_device(record_property):
+    """Give the device that Triton's kernels run on here: a GPU, or the CPU in the interpreter.
+
+    What nobody has written is NaN meanwhile, so that an element that a kernel leaves out cannot
+    pass. The tests are counted in the last lines of the run.
+    """
+    record_property("kernel_mode", torch.cuda.get_device_name() if HAS_GPU else "interpreter")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield torch.device("cuda" if HAS_GPU else "cpu")
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, there is none"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many tests ran Triton's kernels, and where."""
+    modes = [
+        value
+        for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "kernel_mode"
+    ]
+    where = ", ".join(sorted(set(modes))) or "none was selected"
+    terminalreporter.write_line(
+        f"Tests of Triton kernels that ran: {len(modes)} ({where})", yellow=not modes
+    )

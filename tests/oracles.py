@@ -278,36 +278,131 @@ def official_checkpoint(name):
 
 @functools.cache
 def _families():
-    """{class: its variants as (parameters, name), ascending}."""
+    """{module: its variants as (parameters, name, class), ascending}; four stages alone."""
     families = {}
     for name in densezoo.list_backbones():
         model = timm.create_model(name, device="meta")
+        if len(model.feature_info) < 4:  # of one map, which have tests of their own
+            continue
         size = sum(p.numel() for p in model.parameters())
-        families.setdefault(type(model).__name__, []).append((size, name))
+        variants = families.setdefault(type(model).__module__, [])
+        variants.append((size, name, type(model).__name__))
     return {family: sorted(variants) for family, variants in families.items()}
 
 
-def variants_of_families(most_parameters=MOST_PARAMETERS):
-    """Names of at most so many parameters; a family's smallest unmarked, the others slow."""
+def _first_of(variants, every_design):
+    """Names tested by default: a family's smallest, or the smallest of each of its classes."""
+    first = {}
+    for _, name, design in variants:
+        first.setdefault(design if every_design else None, name)
+    return set(first.values())
+
+
+def variants_of_families(most_parameters=MOST_PARAMETERS, every_design=False):
+    """Names of at most so many parameters; a family's smallest unmarked, the others slow.
+
+    With `every_design` the smallest of each class of a family is unmarked.
+    """
     return [
-        pytest.param(name, marks=() if i == 0 else pytest.mark.slow, id=name)
+        pytest.param(
+            name,
+            marks=() if name in _first_of(variants, every_design) else pytest.mark.slow,
+            id=name,
+        )
         for variants in _families().values()
-        for i, (size, name) in enumerate(variants)
+        for size, name, _ in variants
         if size <= most_parameters
     ]
 
 
 def variants_by_shape(most_parameters=MOST_PARAMETERS):
-    """Every name; a family's smallest, and what `variants_of_families` leaves out, unmarked."""
+    """Every name; the smallest of a class, and what `variants_of_families` leaves out, unmarked."""
     return [
         pytest.param(
-            name, marks=pytest.mark.slow if 0 < i and size <= most_parameters else (), id=name
+            name,
+            marks=()
+            if name in _first_of(variants, every_design=True) or size > most_parameters
+            else pytest.mark.slow,
+            id=name,
         )
         for variants in _families().values()
-        for i, (size, name) in enumerate(variants)
+        for size, name, _ in variants
     ]
 
 
 def smallest_of_families():
     """{family: name of its smallest variant}."""
     return {family: variants[0][1] for family, variants in _families().items()}
+
+
+def in_transformers_layout(official, depths, prefix="nat."):
+    """An official state dict of NAT or DiNAT under the names of Hugging Face's library.
+
+    Written from the attributes of that library's modules (transformers 4.46).
+
+    Args:
+        official: the state dict.
+        depths: blocks per stage.
+        prefix: "nat." and "dinat." of classifiers, "" of backbones, which have no head.
+    """
+    state = {}
+
+    def put(name, entry, given=prefix):
+        for kind in ("weight", "bias"):
+            if f"{entry}.{kind}" in official:
+                state[f"{given}{name}.{kind}"] = official[f"{entry}.{kind}"]
+
+    put("embeddings.patch_embeddings.projection.0", "patch_embed.proj.0")
+    put("embeddings.patch_embeddings.projection.1", "patch_embed.proj.1")
+    put("embeddings.norm", "patch_embed.norm")
+    put("layernorm", "norm")
+    put("classifier", "head", given="")
+    for stage, depth in enumerate(depths):
+        level, entry = f"encoder.levels.{stage}", f"levels.{stage}"
+        put(f"{level}.downsample.reduction", f"{entry}.downsample.reduction")
+        put(f"{level}.downsample.norm", f"{entry}.downsample.norm")
+        for i in range(depth):
+            layer, block = f"{level}.layers.{i}", f"{entry}.blocks.{i}"
+            put(f"{layer}.layernorm_before", f"{block}.norm1")
+            put(f"{layer}.attention.output.dense", f"{block}.attn.proj")
+            put(f"{layer}.layernorm_after", f"{block}.norm2")
+            put(f"{layer}.intermediate.dense", f"{block}.mlp.fc1")
+            put(f"{layer}.output.dense", f"{block}.mlp.fc2")
+            attention = f"{prefix}{layer}.attention.self"
+            state[f"{attention}.rpb"] = official[f"{block}.attn.rpb"]
+            for kind in ("weight", "bias"):
+                joined = official[f"{block}.attn.qkv.{kind}"]
+                for j, part in enumerate(("query", "key", "value")):
+                    state[f"{attention}.{part}.{kind}"] = joined.chunk(3)[j].clone()
+            if f"{block}.gamma1" in official:
+                gammas = official[f"{block}.gamma1"], official[f"{block}.gamma2"]
+                state[f"{prefix}{layer}.layer_scale_parameters"] = torch.stack(gammas)
+    return state
+
+
+def isotropic_keys(depth, dim, heads, table, is_full=False):
+    """Entries of an official isotropic model's checkpoint, as a case file lists them."""
+    keys = [("patch_embed.proj.weight", (dim, 3, 16, 16)), ("patch_embed.proj.bias", (dim,))]
+    shapes = {
+        "norm1.weight": (dim,),
+        "norm1.bias": (dim,),
+        "attn.rpb": (heads, table, table),
+        "attn.qkv.weight": (3 * dim, dim),
+        "attn.qkv.bias": (3 * dim,),
+        "attn.proj.weight": (dim, dim),
+        "attn.proj.bias": (dim,),
+        "norm2.weight": (dim,),
+        "norm2.bias": (dim,),
+        "mlp.fc1.weight": (4 * dim, dim),
+        "mlp.fc1.bias": (4 * dim,),
+        "mlp.fc2.weight": (dim, 4 * dim),
+        "mlp.fc2.bias": (dim,),
+    }
+    for i in range(depth):
+        keys += [(f"layers.{i}.{name}", shape) for name, shape in shapes.items()]
+        if is_full:
+            keys.append((f"layers.{i}.attn.relative_position_index", (196, 196)))
+    for norm in ("patch_embed.norm", "norm"):
+        keys += [(f"{norm}.weight", (dim,)), (f"{norm}.bias", (dim,))]
+    keys += [("head.weight", (1000, dim)), ("head.bias", (1000,))]
+    return [(name, shape, "param") for name, shape in keys]

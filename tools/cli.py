@@ -25,7 +25,9 @@ COMMANDS = {
     "predict": ("predict", "draw predictions of a checkpoint on images, with JSON"),
     "macs": ("count_macs", "count parameters, MACs and FLOPs of a model"),
     "bench": ("bench_throughput", "measure time and memory of models, side by side"),
+    "bench-kernels": ("bench_kernels", "measure time and memory of operators beside their peers"),
     "export": ("export_model", "write a model as ONNX or torch.export, checked against it"),
+    "convert": ("convert_checkpoint", "turn a published checkpoint into one of our model"),
     "data": ("demo_data", "write the embedded data set in the formats of the three tasks"),
     "demo": ("demo", "train and evaluate the three tasks on the embedded data, with a report"),
 }
@@ -39,6 +41,7 @@ SAVING_MEMORY = {
     "predict": "give smaller images, or lower the images' size with --cfg-options",
     "macs": "give a smaller --size",
     "bench": "give a smaller --batch or --size",
+    "bench-kernels": "give a smaller --batch or --memory, or other --shapes",
     "export": "give a smaller --batch or --size",
 }
 SYSTEM_ADVICE = {

@@ -22,6 +22,8 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from ..backbones.registry import Published, check_model_name, find_backbone
+from ..kernels import runtime
+from ..kernels.neighborhood_attention.dispatch import count_operator_macs
 from ..layers.arguments import check_whole_number
 from .tables import format_table
 
@@ -53,10 +55,21 @@ def _per_value(num_macs: int, of: str = "input") -> Handle:
     return lambda inputs, outputs: num_macs * prod(_shape(inputs[0]))
 
 
+def _neighborhood_attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """MACs of torch.ops.densezoo.neighborhood_attention, by the operator's own formula."""
+    query, extra_key, kernel_size = inputs[0], inputs[4], inputs[6]
+    return count_operator_macs(
+        _shape(query),
+        None if extra_key.type().kind() == "NoneType" else _shape(extra_key),
+        [size.toIValue() for size in kernel_size.node().inputs()],
+    )
+
+
 # Operators that fvcore has no handle for, or one that fails on some shapes. Operators of our own
 # enter with the formula of their dispatch module, under the name they have in torch.ops:
 # "densezoo::name".
 OPERATOR_HANDLES: dict[str, Handle] = {
+    "densezoo::neighborhood_attention": _neighborhood_attention_macs,
     "aten::scaled_dot_product_attention": _attention_macs,
     "aten::matmul": _product_macs(0),
     "aten::mm": _product_macs(0),
@@ -82,8 +95,9 @@ ZERO_OPERATORS = (
     # activations and gates
     "gelu", "silu", "sigmoid", "hardsigmoid", "hardswish", "hardtanh", "relu6", "elu", "selu",
     "leaky_relu", "prelu", "mish", "softplus", "tanh", "softmax", "log_softmax",
+    "logsumexp",
     # maxima
-    "max_pool2d", "adaptive_max_pool2d", "amax", "amin", "topk", "argmax",
+    "max_pool2d", "adaptive_max_pool2d", "amax", "amin", "topk", "argmax", "minimum",
     # no arithmetic
     "unflatten", "pad", "expand_as", "repeat", "repeat_interleave", "reshape_as", "view_as",
     "unfold", "im2col", "col2im", "dropout", "feature_dropout", "clone", "alias", "lift_fresh",
@@ -283,7 +297,7 @@ def _analyse(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), runtime.operators_whole():
             analysis.total()
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The public function: checks, the choice of a path, registration with PyTorch, counting.
+"""The public function: the choice of a path, registration with PyTorch, counting.
 
 The fast paths run inside ``torch.ops.densezoo.neighborhood_attention``, which compilers and
 exporters keep as one node; its gradient is another operator. The definition in plain PyTorch is
@@ -10,23 +10,21 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from math import isfinite, prod
+from math import prod
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import runtime
 from . import cpu
+from .checks import Tensors, cast_under_autocast, checked_call
 from .reference import neighborhood_attention_reference
-from .windows import Neighborhood, num_attention_macs
+from .windows import Neighborhood
 
 _NAME = "neighborhood_attention"
-_TENSOR_NAMES = ("query", "key", "value", "bias", "extra_key", "extra_value")
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def neighborhood_attention(
@@ -98,7 +96,7 @@ def neighborhood_attention(
     "Dilated Neighborhood Attention Transformer", arXiv 2209.15001; stride and causality as in
     "Generalized Neighborhood Attention", arXiv 2504.16922.
     """
-    tensors, neighborhood, scale = _checked(
+    tensors, neighborhood, scale = checked_call(
         query, key, value, bias, extra_key, extra_value,
         kernel_size, dilation, stride, is_causal, scale,
     )  # fmt: skip
@@ -106,221 +104,15 @@ def neighborhood_attention(
     if name == "reference":
         out, lse = neighborhood_attention_reference(*tensors, neighborhood, scale)
     else:
-        if torch.compiler.is_compiling() and runtime.requested_backend(backend)[0] is None:
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if is_traced and runtime.requested_backend(backend)[0] is None:
             name = ""  # chosen when it runs
         out, lse = _OPERATOR(*tensors, *_as_lists(neighborhood), scale, name)
     return (out, lse) if return_lse else out
 
 
-def _checked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
-    kernel_size: int | Sequence[int],
-    dilation: int | Sequence[int],
-    stride: int | Sequence[int],
-    is_causal: bool | Sequence[bool],
-    scale: float | None,
-) -> tuple[_Tensors, Neighborhood, float]:
-    """Check the arguments of a call; give its tensors (cast, under autocast), windows and scale."""
-    tensors = (query, key, value, bias, extra_key, extra_value)
-    for name, tensor in zip(_TENSOR_NAMES, tensors, strict=True):
-        is_optional = name in _TENSOR_NAMES[3:]
-        if not isinstance(tensor, Tensor) and not (is_optional and tensor is None):
-            raise ValueError(f"{name} is {_brief(tensor)}: a tensor is taken")
-    num_axes = query.ndim - 3
-    if not 1 <= num_axes <= 3:
-        raise ValueError(
-            f"query has shape {_shape(query)}: (B, *grid, heads, head_dim) with a grid of 1 to 3 "
-            "axes is taken"
-        )
-    neighborhood = _make_neighborhood(
-        _per_axis("kernel_size", kernel_size, num_axes),
-        _per_axis("dilation", dilation, num_axes),
-        _per_axis("stride", stride, num_axes),
-        _per_axis("is_causal", is_causal, num_axes),
-    )
-    if not torch.jit.is_tracing():  # there sizes are tensors
-        _check_shapes(*tensors, neighborhood)
-    tensors = _cast_under_autocast(tensors)
-    _check_alike(tensors)
-    if scale is None:
-        return tensors, neighborhood, query.shape[-1] ** -0.5
-    is_number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
-    if not is_number or not isfinite(scale):
-        raise ValueError(f"scale is {_brief(scale)}: a finite number is taken, or None")
-    return tensors, neighborhood, float(scale)
-
-
-def _brief(value: object) -> str:
-    """What a message says of a wrong value: a tensor's contents are left out."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {_shape(value)}"
-    return repr(value)
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _per_axis(name: str, value: Any, num_axes: int) -> tuple[Any, ...]:
-    """Give one entry an axis."""
-    if not isinstance(value, (tuple, list)):
-        return (value,) * num_axes
-    if len(value) != num_axes:
-        raise ValueError(
-            f"{name} is {value!r}: one value, or {num_axes} of them, one an axis, is taken"
-        )
-    return tuple(value)
-
-
-def _make_neighborhood(
-    kernel_size: tuple[Any, ...],
-    dilation: tuple[Any, ...],
-    stride: tuple[Any, ...],
-    is_causal: tuple[Any, ...],
-) -> Neighborhood:
-    """Check what describes the windows."""
-    _check_whole_numbers("kernel_size", kernel_size, 2)
-    _check_whole_numbers("dilation", dilation, 1)
-    _check_whole_numbers("stride", stride, 1)
-    for step, size in zip(stride, kernel_size, strict=True):
-        if step > size:
-            raise ValueError(
-                f"stride is {_one_or_all(stride)}: at most kernel_size, which is "
-                f"{_one_or_all(kernel_size)}, is taken"
-            )
-    for flag in is_causal:
-        if not isinstance(flag, (bool, np.bool_)):
-            raise ValueError(
-                f"is_causal is {_one_or_all(is_causal)}: True or False, or one an axis, is taken"
-            )
-    return Neighborhood(
-        tuple(int(size) for size in kernel_size),
-        tuple(int(distance) for distance in dilation),
-        tuple(int(step) for step in stride),
-        tuple(bool(flag) for flag in is_causal),
-    )
-
-
-def _check_whole_numbers(name: str, values: tuple[Any, ...], lowest: int) -> None:
-    for value in values:
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < lowest:
-            raise ValueError(
-                f"{name} is {_one_or_all(values)}: a whole number of at least {lowest}, or one an "
-                "axis, is taken"
-            )
-
-
-def _one_or_all(values: tuple[Any, ...]) -> str:
-    """What a message says of one value an axis: one alone where all are equal."""
-    return repr(values[0] if len(set(map(repr, values))) == 1 else values)
-
-
-def _check_shapes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
-    neighborhood: Neighborhood,
-) -> None:
-    """Raise a ValueError unless the shapes belong together and the windows fit into the grid."""
-    num_heads, head_dim = query.shape[-2:]
-    if num_heads == 0 or head_dim == 0:
-        raise ValueError(
-            f"query has shape {_shape(query)}: at least 1 head of at least 1 channel is taken"
-        )
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != query.shape:
-            raise ValueError(
-                f"{name} has shape {_shape(tensor)}: the shape of query, {_shape(query)}, is taken"
-            )
-    for axis, (length, span) in enumerate(zip(query.shape[1:-2], neighborhood.spans, strict=True)):
-        if length < span:
-            kernel_size, dilation = neighborhood.kernel_size[axis], neighborhood.dilation[axis]
-            raise ValueError(
-                f"kernel_size is {kernel_size} with dilation {dilation} along axis {axis} of the "
-                f"grid {tuple(query.shape[1:-2])}: their product is at most the length of the "
-                f"axis, {length}; pad query, key and value to {span} or lower one of the two"
-            )
-    if bias is not None:
-        _check_bias(bias, num_heads, neighborhood)
-    if (extra_key is None) != (extra_value is None):
-        given, missing = ("extra_key", "extra_value")[:: 1 if extra_value is None else -1]
-        raise ValueError(f"{missing} is None but {given} is not: both are taken, or neither")
-    if extra_key is None:
-        return
-    for name, tensor in (("extra_key", extra_key), ("extra_value", extra_value)):
-        is_like_query = tensor.ndim == 4 and (
-            (tensor.shape[0], *tensor.shape[2:]) == (query.shape[0], num_heads, head_dim)
-        )
-        if not is_like_query or tensor.shape[1] != extra_key.shape[1] or tensor.shape[1] == 0:
-            raise ValueError(
-                f"{name} has shape {_shape(tensor)}: (B, M, heads, head_dim) is taken, here "
-                f"({query.shape[0]}, M, {num_heads}, {head_dim}) with the same M of at least 1 "
-                "for extra_key and extra_value"
-            )
-
-
-def _check_bias(bias: Tensor, num_heads: int, neighborhood: Neighborhood) -> None:
-    kernel_size, stride = neighborhood.kernel_size, neighborhood.stride
-    if any(size % 2 == 0 for size in kernel_size):
-        limit = f"odd kernels, kernel_size is {_one_or_all(kernel_size)}"
-    elif any(step > 1 for step in stride):
-        limit = f"stride 1, stride is {_one_or_all(stride)}"
-    elif any(neighborhood.is_causal):
-        limit = f"is_causal=False, is_causal is {_one_or_all(neighborhood.is_causal)}"
-    else:
-        shape = (num_heads, *(2 * size - 1 for size in kernel_size))
-        if tuple(bias.shape) != shape:
-            raise ValueError(
-                f"bias has shape {_shape(bias)}: (heads, 2 kernel_size - 1, ...) is taken, here "
-                f"{shape}"
-            )
-        return
-    raise ValueError(f"bias has shape {_shape(bias)}: a bias is taken with {limit}; leave it out")
-
-
-def _cast_under_autocast(tensors: _Tensors) -> _Tensors:
-    """Cast to autocast's dtype where it is on; float64 stays, as in PyTorch's own operators."""
-    device_type = tensors[0].device.type
-    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    if not is_on:
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        tensor.to(dtype)
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    )
-
-
-def _check_alike(tensors: _Tensors) -> None:
-    """Raise a ValueError unless all tensors have one device and one floating-point dtype."""
-    query = tensors[0]
-    if not query.is_floating_point():
-        raise ValueError(f"query has dtype {query.dtype}: a floating-point dtype is taken")
-    for name, tensor in zip(_TENSOR_NAMES[1:], tensors[1:], strict=True):
-        if tensor is None:
-            continue
-        if tensor.dtype != query.dtype:
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}: the dtype of query, {query.dtype}, is taken"
-            )
-        if tensor.device != query.device:
-            raise ValueError(
-                f"{name} is on the device {tensor.device}: that of query, {query.device}, is taken"
-            )
-
-
 def _choose_backend(
-    tensors: _Tensors, neighborhood: Neighborhood, backend: str | None = None
+    tensors: Tensors, neighborhood: Neighborhood, backend: str | None = None
 ) -> runtime.Choice:
     return runtime.choose(
         _NAME,
@@ -333,13 +125,14 @@ def _choose_backend(
     )
 
 
-def _why_not_triton(tensors: _Tensors, neighborhood: Neighborhood) -> str | None:
+def _why_not_triton(tensors: Tensors, neighborhood: Neighborhood) -> str | None:
     # Asked first, so that Triton is imported only where its kernels may run.
-    return runtime.why_no_triton(tensors[0].device) or _triton().why_not(*tensors, neighborhood)
+    refusal = runtime.why_no_operator() or runtime.why_no_triton(tensors[0].device)
+    return refusal or _triton().why_not(*tensors, neighborhood)
 
 
-def _why_not_cpu(tensors, neighborhood):
-    return cpu.why_not(*tensors, neighborhood) if hasattr(cpu, "backward") else "not there yet"
+def _why_not_cpu(tensors: Tensors, neighborhood: Neighborhood) -> str | None:
+    return runtime.why_no_operator() or cpu.why_not(*tensors, neighborhood)
 
 
 def _triton() -> ModuleType:
@@ -355,7 +148,7 @@ def _explain(*args: Any, **kwargs: Any) -> runtime.Choice:
     arguments = dict(call.arguments)
     backend = arguments.pop("backend")
     del arguments["return_lse"]
-    tensors, neighborhood, _ = _checked(**arguments)
+    tensors, neighborhood, _ = checked_call(**arguments)
     return _choose_backend(tensors, neighborhood, backend)
 
 
@@ -365,7 +158,7 @@ runtime.register_chooser(neighborhood_attention, _explain)
 # is the name of one, or empty: then the first that can is chosen when the operator runs, so that
 # an exported program may move to another device.
 _library = torch.library.Library("densezoo", "FRAGMENT")
-_WINDOWS_SCHEMA = "int[] kernel_size, int[] dilation, int[] stride, bool[] is_causal, float scale"
+_WINDOWS_SCHEMA = "int[] kernel_size, int[] dilation, int[] stride, int[] is_causal, float scale"
 _library.define(
     "neighborhood_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, "
     f"Tensor? extra_key, Tensor? extra_value, {_WINDOWS_SCHEMA}, str backend) -> (Tensor, Tensor)",
@@ -382,16 +175,25 @@ _OPERATOR = torch.ops.densezoo.neighborhood_attention.default
 _BACKWARD_OPERATOR = torch.ops.densezoo.neighborhood_attention_backward.default
 
 
-def _as_lists(neighborhood: Neighborhood) -> tuple[list[int] | list[bool], ...]:
+def _as_lists(neighborhood: Neighborhood) -> tuple[list[int], ...]:
+    """Give the windows as operators take them; torch.jit.trace knows no lists of bools."""
     return (
         list(neighborhood.kernel_size),
         list(neighborhood.dilation),
         list(neighborhood.stride),
-        list(neighborhood.is_causal),
+        [int(flag) for flag in neighborhood.is_causal],
     )
 
 
-def _fast_path(backend: str, tensors: _Tensors, neighborhood: Neighborhood) -> ModuleType:
+def _as_neighborhood(
+    kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[int]
+) -> Neighborhood:
+    return Neighborhood(
+        tuple(kernel_size), tuple(dilation), tuple(stride), tuple(bool(flag) for flag in is_causal)
+    )
+
+
+def _fast_path(backend: str, tensors: Tensors, neighborhood: Neighborhood) -> ModuleType:
     """Get the module that runs a call of the operator."""
     refusals = {
         "triton": lambda: _why_not_triton(tensors, neighborhood),
@@ -412,7 +214,7 @@ def _forward(
     kernel_size: list[int],
     dilation: list[int],
     stride: list[int],
-    is_causal: list[bool],
+    is_causal: list[int],
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -446,7 +248,7 @@ def _backward(
     kernel_size: list[int],
     dilation: list[int],
     stride: list[int],
-    is_causal: list[bool],
+    is_causal: list[int],
     scale: float,
     needs_bias_grad: bool,
     backend: str,
@@ -455,14 +257,13 @@ def _backward(
     if query.shape[0] == 0:
         grads = tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in tensors)
     else:
-        neighborhood = Neighborhood(
-            tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
-        )
+        neighborhood = _as_neighborhood(kernel_size, dilation, stride, is_causal)
         path = _fast_path(backend, tensors, neighborhood)
         grads = path.backward(grad_out, grad_lse, *tensors, out, lse, neighborhood, scale)
     is_needed = (True, True, True, needs_bias_grad, True, True)
+    # Operators return no None, and what their fake says: contiguous tensors.
     return tuple(
-        query.new_empty(0) if tensor is None or not needed else grad  # operators return no None
+        query.new_empty(0) if tensor is None or not needed else grad.contiguous()
         for tensor, grad, needed in zip(tensors, grads, is_needed, strict=True)
     )
 
@@ -507,7 +308,7 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 def _autocast(operator: torch._ops.OpOverload, device_type: str, *args: Any) -> Any:
     """Cast as autocast would and run the operator outside of it."""
     num_tensors = next(i for i, arg in enumerate(args) if isinstance(arg, (list, tuple)))
-    tensors = _cast_under_autocast(args[:num_tensors])
+    tensors = cast_under_autocast(args[:num_tensors])
     with torch.autocast(device_type, enabled=False):
         return operator(*tensors, *args[num_tensors:])
 
@@ -536,7 +337,7 @@ def _vmap_loop(
     results = [
         operator(
             *(
-                arg if dim is None else arg.select(dim, index)
+                arg.select(dim, index) if isinstance(dim, int) else arg
                 for arg, dim in zip(args, in_dims, strict=True)
             )
         )
@@ -548,40 +349,34 @@ def _vmap_loop(
 
 def _decompose(*args: Any) -> tuple[Tensor, Tensor]:
     """Give the operator in plain PyTorch, which ONNX files are made of."""
-    neighborhood = Neighborhood(*(tuple(values) for values in args[6:10]))
-    return neighborhood_attention_reference(*args[:6], neighborhood, args[10])
+    return neighborhood_attention_reference(*args[:6], _as_neighborhood(*args[6:10]), args[10])
+
+
+def count_operator_macs(
+    query: Sequence[int], extra_key: Sequence[int] | None, kernel_size: Sequence[int]
+) -> int:
+    """Count the multiply-accumulates of a forward pass: those of the logits and of the values.
+
+    The full window counts also where attention is causal, and adding the bias does not, which is
+    how NATTEN counts since 0.17. Every path does at least these, whatever it computes beside them.
+
+    Args:
+        query: shape (B, *grid, heads, head_dim).
+        extra_key: shape (B, M, heads, head_dim), or None.
+        kernel_size: keys of a window along each axis.
+    """
+    num_keys = prod(kernel_size) + (0 if extra_key is None else extra_key[1])
+    return 2 * prod(query) * num_keys
 
 
 def _forward_flops(*args: Any, **kwargs: Any) -> int:
-    """FLOPs of the forward operator, 2 a multiply-accumulate; arguments are shapes."""
-    return 2 * operator_macs(*args[:10])
+    """FLOPs of the operator, 2 a multiply-accumulate; of tensors there are the shapes."""
+    return 2 * count_operator_macs(args[0], args[4], args[6])
 
 
 def _backward_flops(grad_out: Any, grad_lse: Any, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of the gradient: the 4 products that have to be made; none is counted twice."""
-    return 4 * operator_macs(*args[:6], *args[8:12])
-
-
-def operator_macs(
-    query: Sequence[int],
-    key: Sequence[int],
-    value: Sequence[int],
-    bias: Sequence[int] | None,
-    extra_key: Sequence[int] | None,
-    extra_value: Sequence[int] | None,
-    kernel_size: Sequence[int],
-    *args: Any,
-) -> int:
-    """Count the MACs of ``torch.ops.densezoo.neighborhood_attention`` by its inputs' shapes."""
-    num_extra = 0 if extra_key is None else extra_key[1]
-    return num_attention_macs(
-        batch=query[0],
-        num_heads=query[-2],
-        num_queries=prod(query[1:-2]),
-        head_dim=query[-1],
-        kernel_size=kernel_size,
-        num_extra=num_extra,
-    )
+    """FLOPs of its gradient: the 4 products that it takes; logits made again count once."""
+    return 4 * count_operator_macs(args[0], args[4], args[8])
 
 
 def _register(
@@ -622,4 +417,6 @@ _register(
     vmap=functools.partial(_vmap_loop, _BACKWARD_OPERATOR),
     flops=_backward_flops,
 )
+# What torch.onnx.export looks at. Fake tensors look at both tables, at the second one first.
 torch._decomp.decomposition_table[_OPERATOR] = _decompose
+torch._decomp.meta_table[_OPERATOR] = _fake_forward

@@ -18,6 +18,7 @@ from .windows import Neighborhood
 NAME = "triton"
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+VENDOR = "cuda" if torch.version.hip is None else "hip"
 
 # Sums over all positions are shared among programs, enough to fill a GPU, not more: every share
 # takes memory.
@@ -45,24 +46,103 @@ class Tiling(NamedTuple):
 
 
 # In the interpreter nothing is tuned; tiles are so small that a small map has several.
-INTERPRETED = {"line": Tiling(1, 16, 16, 1, 1), "map": Tiling(4, 4, 16, 1, 1)}
+_INTERPRETED = Tiling(4, 8, 64, 1, 1)
+
+# What kernels are tuned over: vendor, bytes of a number, heads ("narrow" up to 32 channels, "wide"
+# up to 64, "widest", "uneven" where 16 does not divide the channels), kernel ("forward" for those
+# that own queries, "key", "bias"). All were compiled for sm_80, sm_90 and sm_100 or for gfx942;
+# those that spilled registers on one were dropped. The bias has one: its share of memory depends
+# on it.
+_TILINGS = {
+    ("cuda", 2): {
+        "narrow": {
+            "forward": ((8, 8, 32, 4, 2), (8, 16, 32, 8, 2), (8, 8, 64, 8, 2), (8, 8, 16, 4, 2)),
+            "key": ((8, 8, 32, 4, 2), (8, 16, 32, 8, 2), (8, 8, 16, 4, 2)),
+            "bias": ((8, 8, 32, 4, 1),),
+        },
+        "wide": {
+            "forward": ((8, 8, 32, 4, 2), (8, 16, 32, 8, 2), (8, 8, 16, 4, 2)),
+            "key": ((8, 8, 16, 4, 2), (4, 8, 32, 4, 2)),
+            "bias": ((8, 8, 32, 4, 1),),
+        },
+        "widest": {
+            "forward": ((8, 8, 32, 8, 2), (8, 8, 16, 8, 2), (4, 8, 32, 4, 2)),
+            "key": ((4, 8, 32, 4, 2), (4, 8, 16, 4, 2)),
+            "bias": ((8, 8, 32, 4, 1),),
+        },
+        "uneven": {
+            "forward": ((8, 8, 16, 8, 2), (4, 8, 32, 4, 2)),
+            "key": ((4, 8, 32, 4, 2), (4, 8, 16, 4, 2)),
+            "bias": ((4, 8, 16, 4, 1),),
+        },
+    },
+    ("cuda", 4): {
+        "narrow": {
+            "forward": ((8, 8, 16, 8, 2), (4, 4, 16, 4, 2)),
+            "key": ((8, 8, 16, 8, 2), (4, 4, 16, 4, 2)),
+            "bias": ((4, 8, 16, 4, 1),),
+        },
+        "wide": {
+            "forward": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+            "key": ((8, 8, 16, 8, 2),),
+            "bias": ((4, 8, 16, 4, 1),),
+        },
+        "widest": {
+            "forward": ((4, 8, 16, 4, 2), (4, 8, 16, 8, 2)),
+            "key": ((4, 8, 16, 4, 2), (4, 4, 16, 4, 2)),
+            "bias": ((4, 8, 16, 4, 1),),
+        },
+        "uneven": {
+            "forward": ((4, 8, 16, 4, 2), (8, 8, 16, 8, 2)),
+            "key": ((4, 8, 16, 4, 2), (8, 8, 16, 8, 2)),
+            "bias": ((4, 8, 16, 4, 1),),
+        },
+    },
+    ("hip", 2): {
+        "narrow": {
+            "forward": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+            "key": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+            "bias": ((8, 8, 16, 4, 2),),
+        },
+        "uneven": {
+            "forward": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+            "key": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+            "bias": ((4, 4, 16, 4, 2),),
+        },
+    },
+}
+_TILINGS["hip", 2] |= dict.fromkeys(("wide", "widest"), _TILINGS["hip", 2]["narrow"])
+_TILINGS["hip", 4] = _TILINGS["hip", 2]
 
 
-def tilings(kernel: str, shape: str, dtype: torch.dtype, block_d: int) -> tuple[Tiling, ...]:
+def tilings(
+    kernel: str, shape: str, dtype: torch.dtype, head_dim: int, vendor: str
+) -> tuple[Tiling, ...]:
     """List the divisions that a kernel is tuned over on a GPU.
 
     Args:
         kernel: name of the kernel.
-        shape: "line" for 1-D grids, "small_map" where dilation groups have at most 8 rows and
-            columns, "map".
+        shape: "line" for 1-D grids, "map" for 2-D ones, "small_map" for those whose dilation
+            groups have at most 8 rows and columns, which larger tiles would not fit.
         dtype: dtype of the tokens.
-        block_d: channels of a head, rounded up to a power of two.
+        head_dim: channels of a head.
+        vendor: "cuda" or "hip".
     """
-    if runtime.is_interpreted():
-        return (
-            INTERPRETED["line" if shape == "line" or kernel == "_backward_extra_kernel" else "map"],
-        )
-    return (Tiling(8, 8, 64, 4, 2),) if shape != "line" else (Tiling(1, 64, 64, 4, 2),)
+    if kernel == "_backward_extra_kernel":  # its programs own extra keys, in a row
+        found = [Tiling(1, 16, 32, 4, 2)]
+    elif runtime.is_interpreted():
+        found = [_INTERPRETED]
+    else:
+        width = "narrow" if head_dim <= 32 else "wide" if head_dim <= 64 else "widest"
+        heads = "uneven" if head_dim % 16 and width != "widest" else width
+        part = {"_backward_key_kernel": "key", "_backward_bias_kernel": "bias"}
+        rows = _TILINGS[vendor, dtype.itemsize][heads][part.get(kernel, "forward")]
+        found = [Tiling(*row) for row in rows]
+    if shape == "small_map":
+        found = [tiling for tiling in found if tiling.tile_h * tiling.tile_w <= 64]
+    if shape == "line":
+        found = [t._replace(tile_h=1, tile_w=t.tile_h * t.tile_w) for t in found]
+    return tuple(found)
 
 
 def why_not(
@@ -195,7 +275,6 @@ class _Call:
             self.shape = "line"
         else:
             self.shape = "small_map" if max(self.largest_group) <= 8 else "map"
-        self.block_d = max(16, 1 << (self.head_dim - 1).bit_length())
         self.arguments: dict[str, Any] = {
             "scale": scale,
             "batch_size": self.batch_size,
@@ -212,7 +291,7 @@ class _Call:
             "CAUSAL_H": is_causal[0],
             "CAUSAL_W": is_causal[1],
             "PRECISION": "tf32" if self.dtype == torch.float32 and allows_tf32() else "ieee",
-            "BLOCK_D": self.block_d,
+            "BLOCK_D": block_of_channels(self.head_dim),
         }
 
     def add_tokens(self, **tensors: Tensor) -> None:
@@ -251,7 +330,7 @@ class _Call:
 
     def launch(self, name: str, grid: Any, **arguments: Any) -> None:
         """Launch a kernel on the tensors' device."""
-        kernel = _tuned_kernel(name, self.shape, self.dtype, self.block_d)
+        kernel = tuned_kernel(name, self.shape, self.dtype, self.head_dim)
         known = self.arguments | arguments
         with torch.cuda.device_of(self.arguments["query_ptr"]):
             kernel[grid](**{name: known[name] for name in kernel.arg_names if name in known})
@@ -259,7 +338,7 @@ class _Call:
 
 def _bias_gradient(call: _Call, bias: Tensor) -> Tensor:
     """Sum the gradients of logits by their offsets, (heads, 2 K_1 - 1, ...)."""
-    tiling = tilings("_backward_bias_kernel", call.shape, call.dtype, call.block_d)[0]
+    tiling = tilings("_backward_bias_kernel", call.shape, call.dtype, call.head_dim, VENDOR)[0]
     num_queries = tiling.tile_h * tiling.tile_w
     span_h, span_w = (
         tile + 2 * kernel_size - 2
@@ -302,7 +381,7 @@ def _extra_gradients(call: _Call, extra_key: Tensor, extra_value: Tensor) -> tup
     """Sum the gradients of extra keys and values over all queries, (B, M, heads, head_dim)."""
     num_positions = call.height * call.width
     num_shares = min(-(-num_positions // _EXTRA_QUERIES), _MAX_EXTRA_SHARES)
-    tiling = tilings("_backward_extra_kernel", call.shape, call.dtype, call.block_d)[0]
+    tiling = tilings("_backward_extra_kernel", call.shape, call.dtype, call.head_dim, VENDOR)[0]
     num_blocks = -(-extra_key.shape[1] // tiling.tile_w)
     shape = (num_shares, *extra_key.shape)
     grad_key, grad_value = (
@@ -324,7 +403,7 @@ def _extra_gradients(call: _Call, extra_key: Tensor, extra_value: Tensor) -> tup
 
 def allows_tf32() -> bool:
     """Whether PyTorch's own float32 products may be TensorFloat-32: the kernels follow it."""
-    if torch.version.hip is not None:
+    if VENDOR == "hip":
         return False
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # reading the older switch raises after this one is set
@@ -333,26 +412,35 @@ def allows_tf32() -> bool:
 
 
 @functools.cache
-def _tuned_kernel(name: str, shape: str, dtype: torch.dtype, block_d: int) -> Any:
+def tuned_kernel(name: str, shape: str, dtype: torch.dtype, head_dim: int) -> Any:
     """Get a kernel that chooses among its tilings where there are several."""
     import triton
 
-    from . import triton_backward, triton_forward
-
-    module = triton_forward if name == "_forward_kernel" else triton_backward
-    kernel = getattr(module, name)
+    kernel = kernel_function(name)
     configs = [
         triton.Config(
             {key: value for key, value in options(tiling).items() if key in kernel.arg_names},
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
         )
-        for tiling in tilings(name, shape, dtype, block_d)
+        for tiling in tilings(name, shape, dtype, head_dim, VENDOR)
     ]
-    key = ["HEAD_DIM", *(n for n in kernel.arg_names if n.startswith(("KERNEL_", "STRIDE_")))]
+    key = [name for name in kernel.arg_names if name.startswith(("KERNEL_", "STRIDE_"))]
     return triton.autotune(configs, key)(kernel)
+
+
+def kernel_function(name: str) -> Any:
+    """Get a kernel by its name; this imports Triton."""
+    from . import triton_backward, triton_forward
+
+    return getattr(triton_forward if name == "_forward_kernel" else triton_backward, name)
 
 
 def options(tiling: Tiling) -> dict[str, int]:
     """Give a tiling as kernels' arguments."""
     return {"TILE_H": tiling.tile_h, "TILE_W": tiling.tile_w, "BLOCK": tiling.block}
+
+
+def block_of_channels(head_dim: int) -> int:
+    """Channels that a kernel computes on: a power of two, as matrix instructions take."""
+    return max(16, 1 << (head_dim - 1).bit_length())

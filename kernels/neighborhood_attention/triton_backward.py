@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from .triton_forward import (
-    LOG2_E,
     _find_tile,
     _group_size,
     _load_tokens,
@@ -105,21 +104,21 @@ def _backward_query_kernel(
     query_h = first_h + member // TILE_W
     query_w = first_w + member % TILE_W
     is_query = (query_h < size_h) & (query_w < size_w)
+    query_h = tl.minimum(query_h, size_h - 1)
+    query_w = tl.minimum(query_w, size_w - 1)
     row = group_h + dilation_h * query_h
     column = group_w + dilation_w * query_w
     q_offset = _offset(row, column, query_stride_h, query_stride_w)
-    q = _load_tokens(query_ptr, q_offset, query_stride_d, is_query, HEAD_DIM, BLOCK_D)
+    q = _load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
     do_offset = _offset(row, column, grad_out_stride_h, grad_out_stride_w)
-    do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, is_query, HEAD_DIM, BLOCK_D)
+    do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
     token = _offset(batch * height + row, column, width * num_heads, num_heads) + head
-    out = _load_tokens(out_ptr, token * HEAD_DIM, 1, is_query, HEAD_DIM, BLOCK_D)
-    lse = tl.load(lse_ptr + token, mask=is_query, other=0.0) * LOG2_E
+    out = _load_tokens(out_ptr, token * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)
+    lse = tl.load(lse_ptr + token)
     shared = -tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     if grad_lse_ptr is not None:
-        shared += tl.load(grad_lse_ptr + token, mask=is_query, other=0.0)
+        shared += tl.load(grad_lse_ptr + token)
     tl.store(shared_ptr + token, shared, mask=is_query)
-    query_h = tl.minimum(query_h, size_h - 1)
-    query_w = tl.minimum(query_w, size_w - 1)
 
     grad_query = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
     begin_h, span_h = _windows_of_tile(first_h, size_h, TILE_H, KERNEL_H, STRIDE_H, CAUSAL_H)
@@ -127,21 +126,22 @@ def _backward_query_kernel(
     for first_key in range(0, span_h * span_w, BLOCK):
         number = first_key + tl.arange(0, BLOCK)
         is_key = number < span_h * span_w
-        key_h = tl.where(is_key, begin_h + number // span_w, -1)
+        number = tl.minimum(number, span_h * span_w - 1)
+        key_h = begin_h + number // span_w
         key_w = begin_w + number % span_w
         row_k = group_h + dilation_h * key_h
         column_k = group_w + dilation_w * key_w
         k_offset = _offset(row_k, column_k, key_stride_h, key_stride_w)
+        k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
         v_offset = _offset(row_k, column_k, value_stride_h, value_stride_w)
-        k = _load_tokens(key_ptr, k_offset, key_stride_d, is_key, HEAD_DIM, BLOCK_D)
-        v = _load_tokens(value_ptr, v_offset, value_stride_d, is_key, HEAD_DIM, BLOCK_D)
+        v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
         logits = _mask_logits(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E),
+            tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale,
             bias_ptr,
             head,
             query_h[:, None],
             query_w[:, None],
-            key_h[None, :],
+            tl.where(is_key, key_h, -1)[None, :],
             key_w[None, :],
             size_h,
             size_w,
@@ -153,20 +153,21 @@ def _backward_query_kernel(
             CAUSAL_W,
         )
         grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        grad_logits = tl.exp2(logits - lse[:, None]) * (grad_weights + shared[:, None])
+        grad_logits = tl.exp(logits - lse[:, None]) * (grad_weights + shared[:, None])
         grad_query += tl.dot(grad_logits.to(k.dtype), k, input_precision=PRECISION)
     if extra_key_ptr is not None:
         extra_base = (batch * num_extra * num_heads + head) * HEAD_DIM
         for first_key in range(0, num_extra, BLOCK):
             number = first_key + tl.arange(0, BLOCK)
             is_key = number < num_extra
+            number = tl.minimum(number, num_extra - 1)
             offset = extra_base + number * (num_heads * HEAD_DIM)
-            k = _load_tokens(extra_key_ptr, offset, 1, is_key, HEAD_DIM, BLOCK_D)
-            v = _load_tokens(extra_value_ptr, offset, 1, is_key, HEAD_DIM, BLOCK_D)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+            k = _load_tokens(extra_key_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+            v = _load_tokens(extra_value_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             logits = tl.where(is_key[None, :], logits, float("-inf"))
             grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            grad_logits = tl.exp2(logits - lse[:, None]) * (grad_weights + shared[:, None])
+            grad_logits = tl.exp(logits - lse[:, None]) * (grad_weights + shared[:, None])
             grad_query += tl.dot(grad_logits.to(k.dtype), k, input_precision=PRECISION)
 
     _store_tokens(grad_query_ptr, token * HEAD_DIM, grad_query * scale, is_query, HEAD_DIM, BLOCK_D)
@@ -243,12 +244,13 @@ def _backward_key_kernel(
     key_h = first_h + member // TILE_W
     key_w = first_w + member % TILE_W
     is_key = (key_h < size_h) & (key_w < size_w)
-    row = group_h + dilation_h * key_h
-    column = group_w + dilation_w * key_w
+    # Keys behind the end of the group are seen by no query, and not stored.
+    row = group_h + dilation_h * tl.minimum(key_h, size_h - 1)
+    column = group_w + dilation_w * tl.minimum(key_w, size_w - 1)
     k_offset = _offset(row, column, key_stride_h, key_stride_w)
+    k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
     v_offset = _offset(row, column, value_stride_h, value_stride_w)
-    k = _load_tokens(key_ptr, k_offset, key_stride_d, is_key, HEAD_DIM, BLOCK_D)
-    v = _load_tokens(value_ptr, v_offset, value_stride_d, is_key, HEAD_DIM, BLOCK_D)
+    v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
     key_h = tl.where(is_key, key_h, -1)
 
     grad_key = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
@@ -258,23 +260,24 @@ def _backward_key_kernel(
     for first_query in range(0, span_h * span_w, BLOCK):
         number = first_query + tl.arange(0, BLOCK)
         is_query = number < span_h * span_w
+        number = tl.minimum(number, span_h * span_w - 1)
         query_h = begin_h + number // span_w
         query_w = begin_w + number % span_w
         row_q = group_h + dilation_h * query_h
         column_q = group_w + dilation_w * query_w
         q_offset = _offset(row_q, column_q, query_stride_h, query_stride_w)
-        q = _load_tokens(query_ptr, q_offset, query_stride_d, is_query, HEAD_DIM, BLOCK_D)
+        q = _load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
         do_offset = _offset(row_q, column_q, grad_out_stride_h, grad_out_stride_w)
-        do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, is_query, HEAD_DIM, BLOCK_D)
+        do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
         token = _offset(batch * height + row_q, column_q, width * num_heads, num_heads) + head
         # The weights of queries that do not exist are 0.
-        lse = tl.load(lse_ptr + token, mask=is_query, other=float("inf")) * LOG2_E
-        shared = tl.load(shared_ptr + token, mask=is_query, other=0.0)
+        lse = tl.where(is_query, tl.load(lse_ptr + token), float("inf"))
+        shared = tl.load(shared_ptr + token)
         logits = _mask_logits(
-            tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E),
+            tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale,
             bias_ptr,
             head,
-            tl.minimum(query_h, size_h - 1)[None, :],
+            query_h[None, :],
             query_w[None, :],
             key_h[:, None],
             key_w[:, None],
@@ -287,7 +290,7 @@ def _backward_key_kernel(
             CAUSAL_H,
             CAUSAL_W,
         )
-        weights = tl.exp2(logits - lse[None, :])
+        weights = tl.exp(logits - lse[None, :])
         grad_value += tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
         grad_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         grad_logits = weights * (grad_weights + shared[None, :])
@@ -379,34 +382,36 @@ def _backward_bias_kernel(
         query_h = first_h + member // TILE_W
         query_w = first_w + member % TILE_W
         is_query = (query_h < size_h) & (query_w < size_w)
+        query_h = tl.minimum(query_h, size_h - 1)
+        query_w = tl.minimum(query_w, size_w - 1)
         row_q = group_h + dilation_h * query_h
         column_q = group_w + dilation_w * query_w
         q_offset = batch * query_stride_b + _offset(row_q, column_q, query_stride_h, query_stride_w)
-        q = _load_tokens(query_ptr, q_offset, query_stride_d, is_query, HEAD_DIM, BLOCK_D)
+        q = _load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
         do_offset = batch * grad_out_stride_b + _offset(
             row_q, column_q, grad_out_stride_h, grad_out_stride_w
         )
-        do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, is_query, HEAD_DIM, BLOCK_D)
+        do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
         token = _offset(batch * height + row_q, column_q, width * num_heads, num_heads) + head
-        lse = tl.load(lse_ptr + token, mask=is_query, other=float("inf")) * LOG2_E
-        shared = tl.load(shared_ptr + token, mask=is_query, other=0.0)
+        lse = tl.where(is_query, tl.load(lse_ptr + token), float("inf"))
+        shared = tl.load(shared_ptr + token)
 
+        # Keys outside of the group are in no window.
         key_h = first_h + relative_h
         key_w = first_w + relative_w
-        is_key = (key_h >= 0) & (key_h < size_h) & (key_w >= 0) & (key_w < size_w)
-        row_k = group_h + dilation_h * key_h
-        column_k = group_w + dilation_w * key_w
+        row_k = group_h + dilation_h * tl.minimum(tl.maximum(key_h, 0), size_h - 1)
+        column_k = group_w + dilation_w * tl.minimum(tl.maximum(key_w, 0), size_w - 1)
         k_offset = batch * key_stride_b + _offset(row_k, column_k, key_stride_h, key_stride_w)
+        k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
         v_offset = batch * value_stride_b + _offset(row_k, column_k, value_stride_h, value_stride_w)
-        k = _load_tokens(key_ptr, k_offset, key_stride_d, is_key, HEAD_DIM, BLOCK_D)
-        v = _load_tokens(value_ptr, v_offset, value_stride_d, is_key, HEAD_DIM, BLOCK_D)
+        v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
         logits = _mask_logits(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E),
+            tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale,
             bias_ptr,
             head,
-            tl.minimum(query_h, size_h - 1)[:, None],
-            tl.minimum(query_w, size_w - 1)[:, None],
-            tl.where(is_key, key_h, -1)[None, :],
+            query_h[:, None],
+            query_w[:, None],
+            key_h[None, :],
             key_w[None, :],
             size_h,
             size_w,
@@ -418,7 +423,7 @@ def _backward_bias_kernel(
             False,
         )
         grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        total += tl.exp2(logits - lse[:, None]) * (grad_weights + shared[:, None])
+        total += tl.exp(logits - lse[:, None]) * (grad_weights + shared[:, None])
 
     place = ((share * num_heads + head) * NUM_BLOCKS + block) * (TILE_H * TILE_W * BLOCK)
     pair = member[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -475,24 +480,25 @@ def _backward_extra_kernel(
 
     number = block * TILE_W + tl.arange(0, TILE_W)
     is_key = number < num_extra
-    offset = ((batch * num_extra + number) * num_heads + head) * HEAD_DIM
-    k = _load_tokens(extra_key_ptr, offset, 1, is_key, HEAD_DIM, BLOCK_D)
-    v = _load_tokens(extra_value_ptr, offset, 1, is_key, HEAD_DIM, BLOCK_D)
+    offset = ((batch * num_extra + tl.minimum(number, num_extra - 1)) * num_heads + head) * HEAD_DIM
+    k = _load_tokens(extra_key_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+    v = _load_tokens(extra_value_ptr, offset, 1, HEAD_DIM, BLOCK_D)
     grad_key = tl.zeros([TILE_W, BLOCK_D], tl.float32)
     grad_value = tl.zeros([TILE_W, BLOCK_D], tl.float32)
     for first_query in range(share * BLOCK, height * width, num_shares * BLOCK):
         position = first_query + tl.arange(0, BLOCK)
         is_query = position < height * width
+        position = tl.minimum(position, height * width - 1)
         row, column = position // width, position % width
         q_offset = _offset(row, column, query_stride_h, query_stride_w)
-        q = _load_tokens(query_ptr, q_offset, query_stride_d, is_query, HEAD_DIM, BLOCK_D)
+        q = _load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
         do_offset = _offset(row, column, grad_out_stride_h, grad_out_stride_w)
-        do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, is_query, HEAD_DIM, BLOCK_D)
+        do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
         token = (batch * (height * width) + position) * num_heads + head
-        lse = tl.load(lse_ptr + token, mask=is_query, other=float("inf")) * LOG2_E
-        shared = tl.load(shared_ptr + token, mask=is_query, other=0.0)
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)
-        weights = tl.exp2(logits - lse[None, :])
+        lse = tl.where(is_query, tl.load(lse_ptr + token), float("inf"))
+        shared = tl.load(shared_ptr + token)
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        weights = tl.exp(logits - lse[None, :])
         grad_value += tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
         grad_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         grad_logits = weights * (grad_weights + shared[None, :])

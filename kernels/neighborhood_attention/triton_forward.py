@@ -6,7 +6,7 @@ row by row, and a kernel walks through such numbers in blocks, so that no shape 
 map wastes more than the end of the last block. The forward kernel's program owns a tile of queries
 and walks through the union of their windows: the windows are exact masks inside it.
 
-Logits are in units of log 2. Every sum is made by one program in a fixed order: results are
+Every sum is made by one program in a fixed order: results are
 deterministic. Positions are multiplied with strides in int64: tensors may have more than 2**31
 elements.
 """
@@ -16,8 +16,6 @@ import triton.language as tl
 
 # Below every logit and finite: the difference of two of them is 0, not NaN.
 LOWEST = tl.constexpr(-1.0e30)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LOG_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -115,16 +113,18 @@ def _offset(row, column, stride_h, stride_w):
 
 
 @triton.jit
-def _load_tokens(
-    pointer, offset, stride_d, is_token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Load (tokens, channels), 0 where there is none."""
+def _load_tokens(pointer, offset, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load (tokens, channels), 0 in channels that pad the head; all tokens must exist.
+
+    That is why callers repeat a token in place of one that does not: masks of so many loads cost
+    registers, and spill on AMD's GPUs.
+    """
     channel = tl.arange(0, BLOCK_D)
-    return tl.load(
-        pointer + offset[:, None] + channel.to(tl.int64)[None, :] * stride_d,
-        mask=is_token[:, None] & (channel < HEAD_DIM)[None, :],
-        other=0.0,
-    )
+    place = pointer + offset[:, None] + channel.to(tl.int64)[None, :] * stride_d
+    if HEAD_DIM < BLOCK_D:
+        return tl.load(place, mask=(channel < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(place)
 
 
 @triton.jit
@@ -167,11 +167,11 @@ def _mask_logits(
     is_seen &= (key_w - start_w).to(tl.uint32) < count_w.to(tl.uint32)
     if bias_ptr is not None:
         SIZE_W: tl.constexpr = 2 * KERNEL_W - 1
-        CENTER: tl.constexpr = (KERNEL_H - 1) * SIZE_W + KERNEL_W - 1
-        table = bias_ptr + head * ((2 * KERNEL_H - 1) * SIZE_W)
-        index = (key_h * SIZE_W + key_w) - (query_h * SIZE_W + query_w - CENTER)
-        # A place that exists instead of a mask: masks of so many loads spill on AMD's GPUs.
-        logits += LOG2_E * tl.load(table + tl.where(is_seen, index, 0)).to(tl.float32)
+        LAST: tl.constexpr = (2 * KERNEL_H - 1) * SIZE_W - 1
+        index = (key_h * SIZE_W + key_w) - (query_h * SIZE_W + query_w - LAST // 2)
+        # A place in the table for what is not seen too: masks would cost registers.
+        index = tl.minimum(tl.maximum(index, 0), LAST)
+        logits += tl.load(bias_ptr + head * (LAST + 1) + index).to(tl.float32)
     return tl.where(is_seen, logits, float("-inf"))
 
 
@@ -179,8 +179,8 @@ def _mask_logits(
 def _accumulate(highest, total, out, logits, v, PRECISION: tl.constexpr):
     """Take a block of keys into the online softmax: row maxima, denominators, weighted values."""
     new_highest = tl.maximum(highest, tl.max(logits, 1))
-    weights = tl.exp2(logits - new_highest[:, None])
-    decay = tl.exp2(highest - new_highest)
+    weights = tl.exp(logits - new_highest[:, None])
+    decay = tl.exp(highest - new_highest)
     total = total * decay + tl.sum(weights, 1)
     out = out * decay[:, None]
     out += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
@@ -252,13 +252,13 @@ def _forward_kernel(
     query_h = first_h + member // TILE_W
     query_w = first_w + member % TILE_W
     is_query = (query_h < size_h) & (query_w < size_w)
-    row = group_h + dilation_h * query_h
-    column = group_w + dilation_w * query_w
-    q_offset = _offset(row, column, query_stride_h, query_stride_w)
-    q = _load_tokens(query_ptr, q_offset, query_stride_d, is_query, HEAD_DIM, BLOCK_D)
     # Queries behind the end of the group do as its last one does, and are not stored.
     query_h = tl.minimum(query_h, size_h - 1)
     query_w = tl.minimum(query_w, size_w - 1)
+    row = group_h + dilation_h * query_h
+    column = group_w + dilation_w * query_w
+    q_offset = _offset(row, column, query_stride_h, query_stride_w)
+    q = _load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
 
     highest = tl.full([TILE_H * TILE_W], LOWEST, tl.float32)
     total = tl.zeros([TILE_H * TILE_W], tl.float32)
@@ -268,21 +268,22 @@ def _forward_kernel(
     for first_key in range(0, span_h * span_w, BLOCK):
         number = first_key + tl.arange(0, BLOCK)
         is_key = number < span_h * span_w
-        key_h = tl.where(is_key, begin_h + number // span_w, -1)
+        number = tl.minimum(number, span_h * span_w - 1)
+        key_h = begin_h + number // span_w
         key_w = begin_w + number % span_w
         row_k = group_h + dilation_h * key_h
         column_k = group_w + dilation_w * key_w
         k_offset = _offset(row_k, column_k, key_stride_h, key_stride_w)
+        k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
         v_offset = _offset(row_k, column_k, value_stride_h, value_stride_w)
-        k = _load_tokens(key_ptr, k_offset, key_stride_d, is_key, HEAD_DIM, BLOCK_D)
-        v = _load_tokens(value_ptr, v_offset, value_stride_d, is_key, HEAD_DIM, BLOCK_D)
+        v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
         logits = _mask_logits(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E),
+            tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale,
             bias_ptr,
             head,
             query_h[:, None],
             query_w[:, None],
-            key_h[None, :],
+            tl.where(is_key, key_h, -1)[None, :],
             key_w[None, :],
             size_h,
             size_w,
@@ -299,13 +300,14 @@ def _forward_kernel(
         for first_key in range(0, num_extra, BLOCK):
             number = first_key + tl.arange(0, BLOCK)
             is_key = number < num_extra
+            number = tl.minimum(number, num_extra - 1)
             offset = extra_base + number * (num_heads * HEAD_DIM)
-            k = _load_tokens(extra_key_ptr, offset, 1, is_key, HEAD_DIM, BLOCK_D)
-            v = _load_tokens(extra_value_ptr, offset, 1, is_key, HEAD_DIM, BLOCK_D)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+            k = _load_tokens(extra_key_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+            v = _load_tokens(extra_value_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             logits = tl.where(is_key[None, :], logits, float("-inf"))
             highest, total, out = _accumulate(highest, total, out, logits, v, PRECISION)
 
     token = _offset(batch * height + row, column, width * num_heads, num_heads) + head
     _store_tokens(out_ptr, token * HEAD_DIM, out / total[:, None], is_query, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + token, (highest + tl.log2(total)) * LOG_2, mask=is_query)
+    tl.store(lse_ptr + token, highest + tl.log(total), mask=is_query)

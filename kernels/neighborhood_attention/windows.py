@@ -10,7 +10,6 @@ dilation: arXiv 2209.15001; stride and causality: arXiv 2504.16922).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -103,28 +102,3 @@ def axis_windows(
     leader = first_of_stride + stride // 2
     start = torch.minimum((leader - kernel_size // 2).clamp(min=0), group_size - kernel_size)
     return AxisWindows(group, index, start, start + kernel_size)
-
-
-def num_attention_macs(
-    batch: int,
-    num_heads: int,
-    num_queries: int,
-    head_dim: int,
-    kernel_size: Sequence[int],
-    num_extra: int = 0,
-) -> int:
-    """Count the multiply-accumulates of a forward pass: those of logits and of values.
-
-    Causality is ignored (the full window is counted) and adding the bias is not counted, which is
-    how NATTEN counts since 0.17.
-
-    Args:
-        batch: images.
-        num_heads: heads.
-        num_queries: positions of the grid.
-        head_dim: channels of a head.
-        kernel_size: keys of a window along each axis.
-        num_extra: extra keys that every query sees.
-    """
-    keys = prod(kernel_size) + num_extra
-    return 2 * batch * num_heads * num_queries * keys * head_dim

@@ -1,0 +1,3 @@
+_base_ = "nat_mini_8xb128_300e_in1k.py"
+
+model = dict(model_name="dinat_s_base", drop_path_rate=0.5)

@@ -1,0 +1,3 @@
+_base_ = "nat_isotropic_base_8xb128_300e_in1k.py"
+
+model = dict(model_name="vitrpb_base")

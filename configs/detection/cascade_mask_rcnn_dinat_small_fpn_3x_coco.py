@@ -1,0 +1,11 @@
+_base_ = "cascade_mask_rcnn_nat_mini_fpn_3x_coco.py"
+
+model = dict(
+    backbone=dict(
+        model_name="dinat_small",
+        drop_path_rate=0.5,
+        model_kwargs=dict(dilations="coco"),
+        init_cfg=dict(checkpoint="checkpoints/dinat_small.pth"),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

@@ -1,0 +1,10 @@
+_base_ = "cascade_mask_rcnn_nat_mini_fpn_3x_coco.py"
+
+model = dict(
+    backbone=dict(
+        model_name="dinat_tiny",
+        drop_path_rate=0.3,
+        model_kwargs=dict(dilations="coco"),
+        init_cfg=dict(checkpoint="checkpoints/dinat_tiny.pth"),
+    ),
+)

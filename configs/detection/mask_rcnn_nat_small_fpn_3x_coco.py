@@ -1,0 +1,10 @@
+_base_ = "mask_rcnn_nat_mini_fpn_3x_coco.py"
+
+model = dict(
+    backbone=dict(
+        model_name="nat_small",
+        drop_path_rate=0.35,
+        init_cfg=dict(checkpoint="checkpoints/nat_small.pth"),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

@@ -1,0 +1,10 @@
+_base_ = "upernet_nat_mini_160k_ade20k.py"
+
+model = dict(
+    backbone=dict(
+        model_name="dinat_tiny",
+        drop_path_rate=0.3,
+        model_kwargs=dict(dilations="ade20k"),
+        init_cfg=dict(checkpoint="checkpoints/dinat_tiny.pth"),
+    ),
+)

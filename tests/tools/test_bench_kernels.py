@@ -1,0 +1,453 @@
+"""The benchmark of operators: its peers compute the definition, its shapes are the models'.
+
+Times themselves are never asserted.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from densezoo.backbones import list_backbones
+from densezoo.kernels import neighborhood_attention
+from densezoo.tools import bench_kernels, neighborhood_peers
+from densezoo.tools.bench_kernels import OPERATORS, OURS, Ceilings, Plan, measure, select_shapes
+from densezoo.tools.bench_throughput import Setup
+from densezoo.tools.cli import build_parser, main
+from densezoo.tools.kernel_shapes import (
+    NeighborhoodShape,
+    list_neighborhood_runs,
+    list_neighborhood_shapes,
+)
+from densezoo.tools.neighborhood_peers import NeighborhoodCase, window_keys
+
+CASES = Path(__file__).parents[1] / "data" / "parity" / "ops" / "na2d.json"
+NAME = "neighborhood_attention"
+CEILINGS = Ceilings(flops=1e11, bytes=1e10)
+
+# Maps that are not square, dilations that don't divide them, an axis of two blocks and a bit.
+ODD_SHAPES = [
+    NeighborhoodShape(size, num_heads=2, head_dim=16, kernel_size=kernel_size, dilation=dilation)
+    for size, kernel_size, dilation in [
+        ((7, 7), 7, 1),
+        ((5, 9), 3, 1),
+        ((11, 8), 3, 2),
+        ((23, 15), 7, 2),
+        ((13, 10), 3, 3),
+        ((22, 29), 11, 2),
+    ]
+]
+
+
+def named(shapes):
+    return pytest.mark.parametrize("shape", shapes, ids=lambda shape: shape.name)
+
+
+def make_case(shape, *, batch=2, dtype=torch.float32, has_bias=True, memory_limit=2**30, **kwargs):
+    device = torch.device("cpu")
+    return NeighborhoodCase(shape, batch, dtype, device, has_bias, memory_limit, **kwargs)
+
+
+def list_windows():
+    windows = json.loads(CASES.read_text())["windows"]
+    return [case for case in windows if case["stride"] == 1 and not case["causal"]]
+
+
+def name_window(case):
+    return f"{case['length']}-k{case['kernel']}-d{case['dilation']}"
+
+
+@pytest.mark.parametrize("window", list_windows(), ids=name_window)
+def test_windows_and_masks_are_those_of_the_published_examples(window):
+    length, kernel_size, dilation = (window[key] for key in ("length", "kernel", "dilation"))
+    keys = torch.tensor(window["keys"])
+    assert torch.equal(window_keys(length, kernel_size, dilation), keys)
+    is_seen = torch.zeros(length, length).scatter(1, keys, 1).bool()
+    shape = NeighborhoodShape((length, length), 1, 8, kernel_size, dilation)
+    mask = make_dense_mask(shape)
+    assert torch.equal(mask, torch.kron(is_seen, is_seen))
+
+
+def make_dense_mask(shape):
+    tokens = torch.arange(shape.num_tokens)
+    mask_mod = neighborhood_peers.make_mask_mod(shape)
+    zero = torch.zeros((), dtype=torch.long)
+    return mask_mod(zero, zero, tokens[:, None], tokens[None])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@named(ODD_SHAPES)
+def test_flex_attentions_mask_and_scores_give_the_reference(shape):
+    case = make_case(shape, dtype=torch.float64)
+    query, key, value, bias = case.inputs
+    wanted = neighborhood_attention(
+        query,
+        key,
+        value,
+        shape.kernel_size,
+        dilation=shape.dilation,
+        bias=bias,
+        backend="reference",
+    )
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+    block_mask = neighborhood_peers.make_block_mask(shape, case.device)
+    score_mod = neighborhood_peers.make_score_mod(shape, bias)
+    out = flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask)
+    out = out.transpose(1, 2).unflatten(1, shape.size)
+    assert torch.allclose(out, wanted, rtol=0, atol=1e-12)
+
+
+@named([NeighborhoodShape((20, 40), 1, 16, 7, 1), NeighborhoodShape((40, 20), 1, 16, 5, 3),
+        NeighborhoodShape((16, 16), 1, 16, 16, 1)])  # fmt: skip
+def test_block_masks_are_those_that_pytorch_makes_of_all_pairs(shape):
+    block_mask = neighborhood_peers.make_block_mask(shape, torch.device("cpu"))
+    count = shape.num_tokens
+    mask_mod = neighborhood_peers.make_mask_mod(shape)
+    wanted = create_block_mask(mask_mod, None, None, count, count, device="cpu")
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        assert torch.equal(getattr(block_mask, name), getattr(wanted, name)), name
+    assert block_mask.seq_lengths == wanted.seq_lengths
+
+
+@named(ODD_SHAPES)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("make", ["make_ours", "make_gather", "make_sdpa"])
+def test_peers_are_the_definition_with_their_gradients(make, shape, has_bias):
+    case = make_case(shape, dtype=torch.float64, has_bias=has_bias)
+    for is_training in (False, True):
+        forward = getattr(neighborhood_peers, make)(case, is_training)
+        assert case.measure_error(forward, is_training) < 1e-12
+
+
+@pytest.mark.slow
+@named(ODD_SHAPES[2:4])
+def test_compiled_flex_attention_is_the_definition(shape):
+    case = make_case(shape)
+    assert case.measure_error(neighborhood_peers.make_flex(case, False), False) < 1e-5
+
+
+def test_large_maps_are_checked_at_their_corners_and_all_over():
+    case = make_case(NeighborhoodShape((40, 50), 1, 8, 3, 2))
+    queries = case._exact[0]
+    assert len(queries) == neighborhood_peers.SAMPLES
+    assert {0, 49, 1950, 1999} <= set(queries.tolist())
+    assert queries.float().mean() == pytest.approx(1000, rel=0.1)
+
+
+def test_wrong_peers_are_reported_and_not_timed(monkeypatch):
+    def cut_windows(case, is_training):  # at borders, windows end with the map
+        tokens = torch.arange(case.shape.size[0])
+        near = (tokens[:, None] - tokens[None]).abs() <= case.shape.kernel_size // 2
+        mask = torch.kron(near, near)
+
+        def forward(query, key, value):
+            q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+            return out.transpose(1, 2).unflatten(1, case.shape.size)
+
+        return forward
+
+    def forget_keys(case, is_training):
+        ours = neighborhood_peers.make_ours(case, is_training)
+        return lambda query, key, value: ours(query, key.detach() + 0 * key, value)
+
+    def give_nan(case, is_training):
+        return lambda query, key, value: query * math.nan + key + value
+
+    peers = {OURS: neighborhood_peers.make_ours}
+    peers |= {"cut": cut_windows, "detached": forget_keys, "nan": give_nan}
+    replaced = dataclasses.replace(OPERATORS[NAME], peers=peers)
+    monkeypatch.setitem(bench_kernels.OPERATORS, NAME, replaced)
+    shapes = {NeighborhoodShape((9, 9), 2, 8, 3, 1): ("none",)}
+    forward, training = measure(NAME, shapes, Plan(Setup(), has_bias=False, rounds=3), CEILINGS)
+    assert [row["status"][:5] for row in forward] == ["timed", "wrong", "timed", "wrong"]
+    assert [row["status"][:5] for row in training] == ["timed", "wrong", "wrong", "wrong"]
+    for row in forward + training:
+        assert (row["median_ms"] is None) == row["status"].startswith("wrong")
+
+
+def test_peers_that_need_more_memory_or_have_no_backward_pass_are_declined():
+    case = make_case(NeighborhoodShape((64, 64), 1, 8, 3, 1), memory_limit=2**20)
+    for make in (neighborhood_peers.make_gather, neighborhood_peers.make_sdpa):
+        with pytest.raises(neighborhood_peers.DeclinedError, match="GiB, the limit is"):
+            make(case, False)
+    with pytest.raises(neighborhood_peers.DeclinedError, match="no backward pass on the CPU"):
+        neighborhood_peers.make_flex(case, True)
+
+
+def test_flops_are_those_of_pytorchs_counter_and_bytes_those_of_the_tensors():
+    shape = NeighborhoodShape((9, 14), 2, 16, 3, 2)
+    case = make_case(shape, backend="cpu")
+    leaves = [x.detach().requires_grad_() for x in case.inputs]
+    forward = neighborhood_peers.make_ours(case, True)
+    for is_training in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            out = forward(*leaves)
+            if is_training:
+                torch.autograd.grad(out, leaves, case.grad_out)
+        assert case.count_flops(is_training) == counter.get_total_flops()
+    tokens, table = 2 * 9 * 14 * 32 * 4, 2 * 5 * 5 * 4
+    assert case.count_bytes(False) == 4 * tokens + table
+    assert case.count_bytes(True) == 12 * tokens + 3 * table + 2 * (2 * 9 * 14 * 2 * 4)
+
+
+def test_memory_is_the_peak_of_a_step_above_what_was_there():
+    kept = torch.ones(1000, 1000)
+
+    def step():
+        doubled = kept * 2
+        tripled = doubled + kept
+        del doubled
+        return tripled * 0
+
+    memory = bench_kernels.measure_memory(step, torch.device("cpu"))
+    assert memory == pytest.approx(2 * kept.nbytes / 2**20, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    """All published shapes with their runs."""
+    return select_shapes(NAME, ["all"])
+
+
+def test_every_model_is_there_at_the_size_of_its_weights_and_at_those_of_dense_recipes(shapes):
+    runs = {run for names in shapes.values() for run in names}
+    models = [name for name in list_backbones() if name.startswith(("nat_", "dinat_"))]
+    assert len(models) == 20  # 4 NAT, 7 DiNAT, 5 DiNAT_s and 4 isotropic
+    for name in models:
+        side = 384 if "384" in name else 224
+        assert f"{name}@{side}x{side}" in runs
+        if side == 224 and "isotropic" not in name:
+            suffix = ":coco" if name.startswith("dinat") else ""
+            assert f"{name}@800x1333{suffix}" in runs
+            suffix = ":ade20k" if name.startswith("dinat") else ""
+            size = "640x640:ade20k_640" if name.endswith("large") else f"512x512{suffix}"
+            assert {f"{name}@{size}", f"{name}@512x672"} <= runs
+    assert "dinat_large@640x640:mask2former" in runs
+
+
+# Of each stage: height, width, heads, dilations.
+STAGES = {
+    "nat_small@224x224": [
+        (56, 56, 3, {1}), (28, 28, 6, {1}), (14, 14, 12, {1}), (7, 7, 24, {1}),
+    ],
+    "dinat_mini@512x672": [
+        (128, 168, 2, {1, 8}), (64, 84, 4, {1, 4}), (32, 42, 8, {1, 2}), (16, 21, 16, {1}),
+    ],
+    "dinat_base@800x1333:coco": [
+        (200, 334, 4, {1, 28}), (100, 167, 8, {1, 7, 14}), (50, 84, 16, {1, 3, 5, 7}),
+        (25, 42, 32, {1, 3}),
+    ],
+    "dinat_s_small@800x1333:coco": [
+        (200, 334, 3, {1, 28}), (100, 167, 6, {1, 14}), (50, 84, 12, {1, 3, 5, 7}),
+        (25, 42, 24, {1, 3}),
+    ],
+    "dinat_tiny@512x512:ade20k": [
+        (128, 128, 2, {1, 16}), (64, 64, 4, {1, 4, 8}), (32, 32, 8, {1, 2, 3, 4}),
+        (16, 16, 16, {1, 2}),
+    ],
+    "dinat_s_large_384@384x384": [
+        (96, 96, 6, {1, 13}), (48, 48, 12, {1, 6}), (24, 24, 24, {1, 3}), (12, 12, 48, {1}),
+    ],
+    "dinat_isotropic_small@224x224": [(14, 14, 12, {1, 2})],
+}  # fmt: skip
+STAGES_OF_11 = {
+    "dinat_large_384_11x11@384x384": [
+        (96, 96, 6, {1, 8}), (48, 48, 12, {1, 4}), (24, 24, 24, {1, 2}), (12, 12, 48, {1}),
+    ],
+    "dinat_large@640x640:mask2former": [
+        (160, 160, 6, {1, 14}), (80, 80, 12, {1, 4, 7}), (40, 40, 24, {1, 2, 3}),
+        (20, 20, 48, {1}),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", [*STAGES, *STAGES_OF_11])
+def test_shapes_of_a_run_are_its_stages_with_the_published_dilations(run, shapes):
+    kernel_size = 11 if run in STAGES_OF_11 else 7
+    wanted = {
+        NeighborhoodShape((height, width), heads, 32, kernel_size, dilation)
+        for height, width, heads, dilations in {**STAGES, **STAGES_OF_11}[run]
+        for dilation in dilations
+    }
+    assert {shape for shape, names in shapes.items() if run in names} == wanted
+
+
+def test_maps_that_are_smaller_than_the_windows_are_padded():
+    run = next(run for run in list_neighborhood_runs() if run.name == "dinat_mini@224x224")
+    small = dataclasses.replace(run, size=(160, 224))
+    names = [shape.name for shape in list_neighborhood_shapes([small])]
+    assert names[:4] == [
+        "40x56-h2x32-k7-d1",
+        "56x56-h2x32-k7-d8",
+        "20x28-h4x32-k7-d1",
+        "28x28-h4x32-k7-d4",
+    ]
+
+
+def test_shapes_are_selected_by_run_and_by_name(shapes):
+    by_run = select_shapes(NAME, ["dinat_isotropic_small@*", "nat_isotropic_small@*"])
+    assert {shape.name: names for shape, names in by_run.items()} == {
+        "14x14-h12x32-k7-d1": (
+            "dinat_isotropic_small@224x224",
+            "nat_isotropic_small@224x224",
+        ),
+        "14x14-h12x32-k7-d2": ("dinat_isotropic_small@224x224",),
+    }
+    by_name = select_shapes(NAME, ["14x14-h12x32-*"])
+    assert {shape.name for shape in by_name} == {shape.name for shape in by_run}
+    assert all(names == shapes[shape] for shape, names in by_name.items())
+
+
+def read_rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """Arguments and rows of one run of the command."""
+    path = tmp_path_factory.mktemp("bench") / "rows.csv"
+    argv = "bench-kernels neighborhood_attention --shapes dinat_isotropic_small@* --repeats 3"
+    argv = f"{argv} --vs sdpa gather natten --device cpu".split()
+    threads = torch.get_num_threads()
+    assert main([*argv, "--out", str(path)]) == 0
+    assert torch.get_num_threads() == threads
+    return argv, read_rows(path)
+
+
+def test_rows_are_ours_then_the_peers_for_each_shape_and_pass(result):
+    assert [(row["shape"], row["pass"], row["peer"]) for row in result[1]] == [
+        (f"14x14-h12x32-k7-d{dilation}", name, peer)
+        for dilation in (1, 2)
+        for name in ("forward", "forward+backward")
+        for peer in ("ours", "gather", "sdpa", "natten")
+    ]
+    for row in result[1]:
+        assert (row["operator"], row["runs"]) == (NAME, "dinat_isotropic_small@224x224")
+        assert row["backend"] == ("cpu" if row["peer"] == OURS else "")
+
+
+def test_rows_hold_ordered_percentiles_ratios_memory_and_the_share_of_the_floor(result):
+    for row in result[1]:
+        if row["peer"] == "natten":
+            assert row["status"].startswith("declined: ") and row["median_ms"] == ""
+            continue
+        assert row["status"] == "timed" and float(row["error"]) < 1e-5
+        assert (row["rounds"], row["warmup"]) == ("3", "3")
+        assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+        assert float(row["x_ours"]) == 1 or row["peer"] != OURS
+        flops, ceiling = int(row["flops"]), float(row["matmul_gflops_per_s"])
+        assert float(row["floor_ms"]) >= 0.99 * flops / ceiling / 1e6
+        share = float(row["floor_ms"]) / float(row["median_ms"])
+        assert float(row["floor_share"]) == pytest.approx(share, rel=0.01, abs=1e-4)
+        tokens = 14 * 14 * 12 * 32 * 4 / 2**20
+        results = tokens if row["pass"] == "forward" else 4 * tokens
+        assert float(row["memory_mib"]) >= 0.99 * results
+
+
+def test_rows_say_machine_versions_and_the_command_that_repeats_them(result):
+    argv, rows = result
+    for row in rows:
+        assert row["device"] and row["date"] and row["densezoo"]
+        assert (row["torch"], row["dtype"], row["layout"]) == (
+            torch.__version__,
+            "float32",
+            "contiguous",
+        )
+        assert (row["batch"], row["threads"], row["bias"]) == ("1", "1", "True")
+        program, *words = shlex.split(row["command"])
+        parse = build_parser("bench-kernels").parse_args
+        assert program == "densezoo" and parse(words) == parse(argv)
+
+
+def test_the_table_and_a_summary_are_printed_in_bfloat16_without_bias_too(capfd):
+    argv = "bench-kernels --shapes 14x14-h12x32-k7-d2 --vs gather --no-bias --dtype bfloat16"
+    assert main([*argv.split(), "--repeats", "3", "--device", "cpu", "--passes", "forward"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("shape "))
+    assert lines[start].split() == [name for name, _ in bench_kernels.COLUMNS]
+    assert lines[start + 1].split()[:4] == ["14x14-h12x32-k7-d2", "fwd", "ours", "(cpu)"]
+    assert lines[start + 2].split()[:3] == ["14x14-h12x32-k7-d2", "fwd", "gather"]
+    assert lines[start + 3].startswith("forward: gather takes ")
+
+
+def test_shapes_are_listed_with_their_runs(capfd):
+    assert main("bench-kernels --list --shapes dinat_isotropic_base@*".split()) == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "14x14-h24x32-k7-d1      dinat_isotropic_base@224x224",
+        "14x14-h24x32-k7-d2      dinat_isotropic_base@224x224",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("neighbourhood_attention", "one of neighborhood_attention is taken"),
+        ("--shapes dinat_mimi@*", "--shapes 'dinat_mimi@*' matches no shape"),
+        ("--shapes 56x56-h3x31-k7-d1", "'56x56-h3x31-k7-d1' matches no shape"),
+        ("--vs flax", "'flax': one of flex, gather, natten, sdpa is taken"),
+        ("--passes backward", "'backward': one of forward, forward+backward is taken"),
+        ("--backend cuda", "backend is 'cuda': one of triton, cpu, reference is taken"),
+        ("--dtype float64", "float32, bfloat16, float16"),
+        ("--device nonsense", "device 'nonsense' cannot be used"),
+        ("--batch 0", "batch is 0"),
+        ("--threads 0", "threads is 0"),
+        ("--repeats 2", "at least 3 alternations"),
+        ("--seconds 0", "seconds is 0.0"),
+        ("--memory nan", "memory is nan"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_measured_or_written(
+    arguments, message, tmp_path, capfd
+):
+    path = tmp_path / "rows.csv"
+    assert main(["bench-kernels", *arguments.split(), "--out", str(path)]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and message in err
+    assert not path.exists()
+
+
+def test_a_backend_that_cannot_run_here_is_a_mistake_and_leaves_no_file(
+    tmp_path, capfd, monkeypatch
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = tmp_path / "rows.csv"
+    argv = "bench-kernels --backend triton --device cpu --repeats 3 --out".split()
+    assert main([*argv, str(path)]) == 1
+    err = capfd.readouterr().err
+    assert "backend='triton' cannot run" in err and len(err.splitlines()) == 1
+    assert not path.exists()
+
+
+def test_a_file_that_is_there_is_left_as_it_was(tmp_path, capfd):
+    path = tmp_path / "rows.csv"
+    path.write_text("kept")
+    assert main(["bench-kernels", "--out", str(path)]) == 1
+    assert "is there already" in capfd.readouterr().err
+    assert path.read_text() == "kept"
+
+
+def test_an_unwritable_file_is_found_before_the_measuring(tmp_path, capfd):
+    assert main(["bench-kernels", "--out", str(tmp_path / "none" / "rows.csv")]) == 1
+    err = capfd.readouterr().err
+    assert "cannot be written" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_all_peers_that_are_there_are_timed_on_a_gpu(tmp_path):
+    path = tmp_path / "rows.csv"
+    argv = "bench-kernels --shapes dinat_isotropic_small@* --device cuda --dtype float16 --out"
+    assert main([*argv.split(), str(path)]) == 0
+    for row in read_rows(path):
+        assert row["status"] == "timed" or row["peer"] == "natten", row
+        assert row["device"] == torch.cuda.get_device_name()
+        assert row["backend"] == ("triton" if row["peer"] == OURS else "")
