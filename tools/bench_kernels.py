@@ -11,6 +11,7 @@ matrix product of the same dtype and in a large copy.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import fnmatch
 import gc
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import shlex
+import sys
 import tempfile
 import time
 import warnings
@@ -238,6 +240,20 @@ def _time(step: Callable[[], Any], calls: int, device: torch.device) -> float:
     return 1000 * (time.perf_counter() - begin) / calls
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what libraries write to the process's stderr: the profiler's has notes of its own."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def measure_memory(step: Callable[[], Any], device: torch.device) -> float:
     """Measure how far a step takes PyTorch's allocator above where it stood, MiB."""
     if device.type == "cuda":
@@ -247,11 +263,9 @@ def measure_memory(step: Callable[[], Any], device: torch.device) -> float:
         step()
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    # The profiler's library writes about its start and stop to stderr unless told not to.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     gc.collect()  # what is freed in the step should be the step's
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")

@@ -63,6 +63,7 @@ class Shape:
         is_causal: along each axis.
         has_bias: whether there is a table of biases.
         has_extra: whether there are extra keys and a cotangent of the lse.
+        ones: arguments that are 1, which Triton compiles in.
     """
 
     shape: str
@@ -72,18 +73,28 @@ class Shape:
     is_causal: tuple[bool, bool] = (False, False)
     has_bias: bool = True
     has_extra: bool = False
+    ones: tuple[str, ...] = ()
 
 
 # NAT and DiNAT, DiNAT at 384 with 11x11, FasterViT-4's heads, and what no published model has.
 SHAPES = {
-    "nat": Shape("map", 32, (7, 7)),
+    "nat": Shape("map", 32, (7, 7), ones=("dilation_h", "dilation_w")),
     "dinat": Shape("small_map", 32, (7, 7)),
     "dinat_11x11": Shape("map", 32, (11, 11)),
-    "head_49": Shape("map", 49, (7, 7)),
+    "head_49": Shape("map", 49, (7, 7), ones=("dilation_h", "dilation_w")),
     "head_64": Shape("map", 64, (7, 7)),
     "head_128": Shape("map", 128, (7, 7)),
-    "line": Shape("line", 32, (1, 13)),
-    "causal_extra": Shape("map", 32, (8, 5), (2, 3), (True, False), False, True),
+    "line": Shape("line", 32, (1, 13), ones=("height", "dilation_h", "num_shares")),
+    "causal_extra": Shape(
+        "map",
+        32,
+        (8, 5),
+        stride=(2, 3),
+        is_causal=(True, False),
+        has_bias=False,
+        has_extra=True,
+        ones=("batch_size", "num_heads", "num_extra", "num_shares"),
+    ),
 }
 
 
@@ -161,7 +172,7 @@ def _make_source(kernel: str, shape: Shape, dtype: str, tiling: Any) -> Any:
     path = _module("triton")
     function = path.kernel_function(kernel)
     token_type, _, precision = DTYPES[dtype]
-    constants = path.options(tiling) | {
+    constants = path.tile_options(tiling) | {
         "HEAD_DIM": shape.head_dim,
         "BLOCK_D": path.block_of_channels(shape.head_dim),
         "PRECISION": precision,
@@ -169,6 +180,7 @@ def _make_source(kernel: str, shape: Shape, dtype: str, tiling: Any) -> Any:
     for name in ("kernel_size", "stride", "is_causal"):
         prefix = name.upper().removesuffix("_SIZE").removeprefix("IS_")
         constants |= zip((f"{prefix}_H", f"{prefix}_W"), getattr(shape, name), strict=True)
+    constants |= dict.fromkeys(shape.ones, 1)
     if not shape.has_bias:
         constants["bias_ptr"] = None
     if not shape.has_extra:

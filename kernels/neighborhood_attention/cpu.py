@@ -5,11 +5,10 @@ shuts out what is not in the window. `cpu_plan` cuts the grid and groups tiles t
 where one tile covers a group of dilation (small maps, kernel_size x dilation = length) this is
 plain attention within groups.
 
-The forward pass is PyTorch's CPU flash attention, once for every class of tiles. The backward pass
-recomputes the weights of some tiles at a time from the logarithm of the softmax's denominator. The
-windows of neighbouring tiles overlap: gradients of their keys are added one by one, in a fixed
-order. Both hold copies of a bounded number of tiles, not of the map; both are deterministic. Sums
-are made in at least float32.
+The forward pass is PyTorch's CPU flash attention over the tiles of a class. The backward pass makes
+the weights of some tiles at a time anew. The windows of neighbouring tiles overlap: gradients of
+their keys are added one by one, in a fixed order. Both hold copies of a bounded number of tiles,
+not of the map; both are deterministic. Sums are made in at least float32.
 
 Shapes: B batch, (H, W) the grid (W = 1 for 1-D), h heads, D channels of a head, n tiles, Q queries
 and K keys of a tile, M extra keys.
@@ -219,7 +218,9 @@ def _forward_bands(
     dtype = lse.dtype
     # One for all copies: fresh memory costs more than the copies.
     key_size, query_size = (
-        max(getattr(bands, name).numel() for bands in plan) * heads * head_dim
+        max(getattr(bands, name).numel() if bands.is_copied else 0 for bands in plan)
+        * heads
+        * head_dim
         for name in ("key_tokens", "query_tokens")
     )
     spaces = query.new_empty(query_size + 2 * key_size).split([query_size, key_size, key_size])
@@ -261,6 +262,7 @@ def backward(
     lse: Tensor,
     neighborhood: Neighborhood,
     scale: float,
+    needs_bias_grad: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of query, key, value, bias, extra_key and extra_value.
 
@@ -277,12 +279,14 @@ def backward(
         lse: what `forward` returned.
         neighborhood: the windows.
         scale: factor of the logits.
+        needs_bias_grad: whether to compute that of the bias.
 
     Returns:
-        Gradients in the dtypes of their inputs; None for what was None.
+        Gradients in the dtypes of their inputs; None for what was None or is not needed.
     """
     del out, lse  # weights of a tile are made anew, normalised by their own sum
     shape = query.shape
+    needs_bias_grad = needs_bias_grad and bias is not None
     dtype = torch.promote_types(query.dtype, torch.float32)
     inputs = _Tensors(
         *(_map(t, neighborhood.num_axes) for t in (query, key, value)), extra_key, extra_value
@@ -296,19 +300,22 @@ def backward(
     plan = cpu_plan.backward_plan((height, width), neighborhood, max(batch, 1), heads, head_dim)
     num_extra = 0 if extra_key is None else extra_key.shape[1]
     # An offset sums thousands of logits' gradients of either sign.
-    grad_table = torch.zeros(heads, 1 if bias is None else bias[0].numel() + 1, dtype=torch.float64)
+    table_size = bias[0].numel() + 1 if needs_bias_grad else 0
+    grad_table = torch.zeros(heads, table_size, dtype=torch.float64)
     for tiles, mask in _with_masks(plan, bias, neighborhood, heads, dtype, num_extra):
         num_keys = tiles.num_keys + num_extra
         grad_mask = torch.zeros(heads, tiles.num_queries, num_keys, dtype=dtype)
         for chunk in tiles.chunks(batch, heads * num_keys * max(2 * head_dim, tiles.num_queries)):
             grad_logits = _backward_chunk(chunk, mask, grad_out, grad_lse, inputs, scale, grads)
-            if bias is not None:
+            if needs_bias_grad:
                 grad_mask += grad_logits.view(-1, *grad_mask.shape).sum(0)
-        if bias is not None:
+        if needs_bias_grad:
             at = tiles.table_index.expand(heads, -1)
             grad_table.scatter_add_(1, at, grad_mask[..., : tiles.num_keys].flatten(1).double())
     grads = [None if t is None else t.to(query.dtype) for t in grads]
-    grad_bias = None if bias is None else grad_table[:, :-1].reshape(bias.shape).to(bias.dtype)
+    grad_bias = None
+    if needs_bias_grad:
+        grad_bias = grad_table[:, :-1].reshape(bias.shape).to(bias.dtype)
     return *(t.view(shape) for t in grads[:3]), grad_bias, *grads[3:]
 
 

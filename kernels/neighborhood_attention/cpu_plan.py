@@ -1,7 +1,7 @@
 """Which cut of a grid the CPU path takes: the one of the least estimated time.
 
-The estimate is that of the forward pass; the backward pass spends about three times as much on calls
-and on tiles alike.
+The estimate is that of the forward pass; the backward pass spends about three times as much on
+calls and on tiles alike.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import product
 from math import ceil
 
-from .cpu_tiles import BANDS_CHUNK, AxisTiles, Bands, Columns, Tiles, axis_tiles, columns, cut
+from .cpu_tiles import BANDS_CHUNK, AxisTiles, Bands, Columns, Tiles, axis_tiles, columns
 from .windows import Neighborhood
 
 # Nanoseconds, fitted to tiles of 2x2 to 8x8 queries and head_dim 32 on one core of an AMD EPYC
@@ -77,10 +77,9 @@ def _best_tiles(
 def _bands(
     y: AxisTiles, x: Columns, neighborhood: Neighborhood, width: int, channels: int
 ) -> Bands:
-    """One class of bands, with as many tile rows at a time as the limit of copies allows."""
+    """One class of bands, with as many tile rows at a time as the limit allows."""
     row = 2 * y.num_queries * x.num_keys * len(x.keys) * channels
-    is_copied = len(x.keys) > 1
-    step = min(max(1, BANDS_CHUNK // row), y.num_tiles) if is_copied else y.num_tiles
+    step = min(max(1, BANDS_CHUNK // row), y.num_tiles)
     return Bands(y, x, neighborhood, width, step)
 
 
@@ -108,9 +107,7 @@ def _rows(length: int, neighborhood: Neighborhood, axis: int) -> list[tuple[Axis
             tiles._replace(group=first, num_groups=count)
             for first, count, size in groups
             if count
-            for tiles in axis_tiles(
-                size, kernel_size, stride, is_causal, cut(size, kernel_size, stride, tile)
-            )
+            for tiles in axis_tiles(size, kernel_size, stride, is_causal, tile)
         )
         for tile in _tile_sizes(-(-length // dilation), stride)
     ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
+from itertools import groupby, product
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -26,9 +26,11 @@ from torch import Tensor
 
 from .windows import Neighborhood, axis_windows
 
-# Elements of keys and values that are copied at a time.
+# Elements of the keys and values of the tiles that are gone over at a time.
 TILES_CHUNK = 1 << 18
 BANDS_CHUNK = 1 << 20
+# Queries of a tile at a border that larger ones are cut into.
+_MOST_AT_BORDER = 16
 
 
 class AxisTiles(NamedTuple):
@@ -71,37 +73,42 @@ class AxisTiles(NamedTuple):
         return all(window == (0, self.num_keys) for window in self.windows)
 
 
-def cut(size: int, kernel_size: int, stride: int, tile: int) -> tuple[int, ...]:
-    """Where tiles of about `tile` queries start in a group of `size` members.
+def _cut(size: int, kernel_size: int, stride: int, tile: int) -> list[int]:
+    """Cut a group of `size` members into tiles of about `tile`, a multiple of the stride.
 
     The first and the last tile take what is left, at least the queries that share the window at
-    the border: a tile there has fewer keys than one inside. Starts are multiples of the stride.
+    the border: a tile there has fewer keys than one inside.
     """
     num_inside = (size - kernel_size - 1) // tile
     if num_inside < 1:
-        return tuple(range(0, size, tile))
+        return [min(tile, size - first) for first in range(0, size, tile)]
     first = ceil((size - num_inside * tile) / 2 / stride) * stride
-    starts = (0, *range(first, first + num_inside * tile + 1, tile))
-    return tuple(start for start in starts if start < size)
+    last = size - first - num_inside * tile
+    step = ceil(max(tile, _MOST_AT_BORDER) / stride) * stride
+    at_borders = ([min(step, n - done) for done in range(0, n, step)] for n in (first, last))
+    return [*next(at_borders), *[tile] * num_inside, *next(at_borders)]
 
 
 @lru_cache(maxsize=512)
 def axis_tiles(
-    size: int, kernel_size: int, stride: int, is_causal: bool, starts: tuple[int, ...]
+    size: int, kernel_size: int, stride: int, is_causal: bool, tile: int
 ) -> tuple[AxisTiles, ...]:
     """Cut one group of `size` members into tiles, consecutive ones that look alike together."""
     windows = axis_windows(size, kernel_size, 1, stride, is_causal)
-    start, end = windows.start.tolist(), windows.end.tolist()
     classes: list[AxisTiles] = []
-    for query, stop in zip(starts, (*starts[1:], size), strict=True):
-        key, last = min(start[query:stop]), max(end[query:stop])
-        seen = tuple((start[q] - key, end[q] - key) for q in range(query, stop))
-        new = AxisTiles(0, 1, query, 1, stop - query, key, last - key, seen)
-        old = classes[-1] if classes else new
-        if classes and (old.query - old.key, old.windows) == (query - key, seen):
-            classes[-1] = old._replace(num_tiles=old.num_tiles + 1)
-        else:
-            classes.append(new)
+    position = 0
+    for num_queries, run in groupby(_cut(size, kernel_size, stride, tile)):
+        query = torch.arange(size)[position:].split(num_queries)
+        query = torch.stack(query[: len(list(run))])
+        start, end = windows.start[query], windows.end[query]
+        key = start.amin(1, keepdim=True)
+        looks = torch.cat([query[:, :1] - key, start - key, end - key], dim=1)
+        looks, counts = looks.unique_consecutive(dim=0, return_counts=True)
+        for (lead, *bounds), count in zip(looks.tolist(), counts.tolist(), strict=True):
+            seen = tuple(zip(bounds[:num_queries], bounds[num_queries:], strict=True))
+            key, num_keys = position - lead, max(stop for _, stop in seen)
+            classes.append(AxisTiles(0, 1, position, count, num_queries, key, num_keys, seen))
+            position += count * num_queries
     return tuple(classes)
 
 
@@ -362,7 +369,7 @@ class Bands:
         x: tiles along the second, n of them.
         neighborhood: the windows.
         width: W.
-        step: tile rows that are copied at a time.
+        step: tile rows that are gone over at a time.
     """
 
     y: AxisTiles
@@ -385,6 +392,11 @@ class Bands:
     def num_masks(self) -> int:
         """Masks side by side, n."""
         return len(self.x.keys)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether tokens are copied; those of whole rows are viewed."""
+        return len(self.x.keys) > 1
 
     @cached_property
     def is_full(self) -> bool:
@@ -468,7 +480,7 @@ class BandCall(NamedTuple):
         first, num_rows, num_columns = extents
         step, num_tiles, channels = self.bands.y.num_queries, len(self.bands.x.keys), rows.shape[1]
         tokens = rows[(first + self.first * step) * self.bands.width :]
-        if num_tiles > 1:
+        if self.bands.is_copied:
             num_tokens = ((self.count - 1) * step + num_rows) * num_columns * num_tiles
             copies = space[: num_tokens * channels].view(num_tokens, channels)
             torch.index_select(tokens, 0, places[:num_tokens], out=copies)
@@ -486,7 +498,7 @@ class BandCall(NamedTuple):
         first = (bands.y.query + self.first * bands.y.num_queries) * bands.width
         part = rows[first : first + self.count * bands.y.num_queries * bands.width]
         tile = tile.view(-1, rows.shape[1]).to(rows.dtype)
-        if len(bands.x.keys) > 1:
+        if bands.is_copied:
             torch.index_select(tile, 0, bands.output_tokens[: part.shape[0]], out=part)
         else:
             part.copy_(tile)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from math import prod
 from types import ModuleType
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import runtime
 from . import cpu
@@ -55,7 +55,7 @@ def neighborhood_attention(
     queries, 1-D and 2-D), "reference" (plain PyTorch that gathers the keys of every window: any
     device, 1-D to 3-D; what torch.jit.trace and ONNX files get). All give equal results up to
     rounding, and deterministic ones, but for the reference's gradients on a GPU. Forward-mode
-    and second derivatives are the reference's alone. :func:`densezoo.kernels.runtime.which_backend`
+    and second derivatives are the reference's alone. :func:`densezoo.kernels.which_backend`
     tells which one a call takes.
 
     Under autocast all inputs are cast to its dtype. Softmax and lse are computed in at least
@@ -79,7 +79,7 @@ def neighborhood_attention(
         extra_value: like extra_key.
         return_lse: whether to return the logarithm of the softmax's denominators too.
         backend: "triton", "cpu" or "reference"; by default what
-            :func:`densezoo.kernels.runtime.use_backend` or DENSEZOO_BACKEND says, or the first
+            :func:`densezoo.kernels.use_backend` or DENSEZOO_BACKEND says, or the first
             that can.
 
     Returns:
@@ -259,7 +259,9 @@ def _backward(
     else:
         neighborhood = _as_neighborhood(kernel_size, dilation, stride, is_causal)
         path = _fast_path(backend, tensors, neighborhood)
-        grads = path.backward(grad_out, grad_lse, *tensors, out, lse, neighborhood, scale)
+        grads = path.backward(
+            grad_out, grad_lse, *tensors, out, lse, neighborhood, scale, needs_bias_grad
+        )
     is_needed = (True, True, True, needs_bias_grad, True, True)
     # Operators return no None, and what their fake says: contiguous tensors.
     return tuple(
@@ -396,6 +398,18 @@ def _register(
     torch.library.register_vmap(name, vmap, lib=_library)
     for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(name, functools.partial(_autocast, operator, device_type), dispatch_key)
+    _register_flop_formula(operator, flops)
+
+
+def _register_flop_formula(operator: torch._ops.OpOverload, flops: Callable[..., int]) -> None:
+    """Let torch.utils.flop_counter count the operator."""
+    logger = logging.getLogger("torch.utils.flop_counter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns on import where there is no Triton; ours is silent
+    try:
+        from torch.utils.flop_counter import register_flop_formula
+    finally:
+        logger.setLevel(level)
     register_flop_formula(operator.overloadpacket)(flops)
 
 

@@ -48,71 +48,70 @@ class Tiling(NamedTuple):
 # In the interpreter nothing is tuned; tiles are so small that a small map has several.
 _INTERPRETED = Tiling(4, 8, 64, 1, 1)
 
-# What kernels are tuned over: vendor, bytes of a number, heads ("narrow" up to 32 channels, "wide"
-# up to 64, "widest", "uneven" where 16 does not divide the channels), kernel ("forward" for those
-# that own queries, "key", "bias"). All were compiled for sm_80, sm_90 and sm_100 or for gfx942;
-# those that spilled registers on one were dropped. The bias has one: its share of memory depends
-# on it.
+# What kernels are tuned over: by vendor, bytes of a number, and heads ("narrow" up to 32 channels,
+# "wide" up to 64, "widest", "uneven" where 16 does not divide the channels). All were compiled for
+# sm_80, sm_90 and sm_100, or for gfx942; what spilled registers on one was dropped. The bias has
+# one, as the memory of its shares depends on it.
 _TILINGS = {
-    ("cuda", 2): {
-        "narrow": {
-            "forward": ((8, 8, 32, 4, 2), (8, 16, 32, 8, 2), (8, 8, 64, 8, 2), (8, 8, 16, 4, 2)),
-            "key": ((8, 8, 32, 4, 2), (8, 16, 32, 8, 2), (8, 8, 16, 4, 2)),
-            "bias": ((8, 8, 32, 4, 1),),
-        },
-        "wide": {
-            "forward": ((8, 8, 32, 4, 2), (8, 16, 32, 8, 2), (8, 8, 16, 4, 2)),
-            "key": ((8, 8, 16, 4, 2), (4, 8, 32, 4, 2)),
-            "bias": ((8, 8, 32, 4, 1),),
-        },
-        "widest": {
-            "forward": ((8, 8, 32, 8, 2), (8, 8, 16, 8, 2), (4, 8, 32, 4, 2)),
-            "key": ((4, 8, 32, 4, 2), (4, 8, 16, 4, 2)),
-            "bias": ((8, 8, 32, 4, 1),),
-        },
-        "uneven": {
-            "forward": ((8, 8, 16, 8, 2), (4, 8, 32, 4, 2)),
-            "key": ((4, 8, 32, 4, 2), (4, 8, 16, 4, 2)),
-            "bias": ((4, 8, 16, 4, 1),),
-        },
+    ("cuda", 2, "narrow"): {
+        "forward": ((8, 8, 32, 4, 2), (8, 16, 32, 8, 2), (8, 8, 64, 8, 2), (8, 8, 16, 4, 2)),
+        "backward_query": ((8, 8, 32, 8, 2), (8, 16, 32, 8, 2), (8, 8, 64, 8, 2), (8, 8, 16, 4, 2)),
+        "backward_key": ((8, 8, 32, 8, 2), (8, 16, 32, 8, 2), (8, 8, 16, 4, 2)),
+        "backward_bias": ((8, 8, 32, 4, 1),),
     },
-    ("cuda", 4): {
-        "narrow": {
-            "forward": ((8, 8, 16, 8, 2), (4, 4, 16, 4, 2)),
-            "key": ((8, 8, 16, 8, 2), (4, 4, 16, 4, 2)),
-            "bias": ((4, 8, 16, 4, 1),),
-        },
-        "wide": {
-            "forward": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
-            "key": ((8, 8, 16, 8, 2),),
-            "bias": ((4, 8, 16, 4, 1),),
-        },
-        "widest": {
-            "forward": ((4, 8, 16, 4, 2), (4, 8, 16, 8, 2)),
-            "key": ((4, 8, 16, 4, 2), (4, 4, 16, 4, 2)),
-            "bias": ((4, 8, 16, 4, 1),),
-        },
-        "uneven": {
-            "forward": ((4, 8, 16, 4, 2), (8, 8, 16, 8, 2)),
-            "key": ((4, 8, 16, 4, 2), (8, 8, 16, 8, 2)),
-            "bias": ((4, 8, 16, 4, 1),),
-        },
+    ("cuda", 2, "wide"): {
+        "forward": ((8, 8, 32, 4, 2), (8, 16, 32, 8, 2), (8, 8, 16, 4, 2)),
+        "backward_query": ((8, 8, 32, 4, 2), (8, 16, 32, 8, 2), (8, 8, 16, 4, 2)),
+        "backward_key": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+        "backward_bias": ((8, 8, 32, 4, 1),),
     },
-    ("hip", 2): {
-        "narrow": {
-            "forward": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
-            "key": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
-            "bias": ((8, 8, 16, 4, 2),),
-        },
-        "uneven": {
-            "forward": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
-            "key": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
-            "bias": ((4, 4, 16, 4, 2),),
-        },
+    ("cuda", 2, "widest"): {
+        "forward": ((8, 8, 32, 8, 2), (8, 8, 16, 8, 2), (4, 8, 32, 4, 2)),
+        "backward_query": ((8, 8, 32, 8, 2), (8, 8, 16, 8, 2), (4, 8, 32, 4, 2)),
+        "backward_key": ((4, 8, 32, 4, 2), (4, 8, 16, 4, 2)),
+        "backward_bias": ((8, 8, 32, 4, 1),),
+    },
+    ("cuda", 2, "uneven"): {
+        "forward": ((8, 8, 16, 8, 2), (4, 8, 32, 4, 2)),
+        "backward_query": ((8, 8, 16, 8, 2), (4, 8, 32, 4, 2)),
+        "backward_key": ((4, 8, 32, 4, 2), (4, 8, 16, 4, 2)),
+        "backward_bias": ((4, 8, 16, 4, 1),),
+    },
+    ("cuda", 4, "narrow"): {
+        "forward": ((8, 8, 16, 8, 2), (4, 4, 16, 4, 2)),
+        "backward_query": ((8, 8, 16, 8, 2), (4, 4, 16, 4, 2)),
+        "backward_key": ((8, 8, 16, 4, 2), (4, 8, 16, 8, 2)),
+        "backward_bias": ((4, 8, 16, 4, 1),),
+    },
+    ("cuda", 4, "wide"): {
+        "forward": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+        "backward_query": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+        "backward_key": ((8, 8, 16, 8, 2),),
+        "backward_bias": ((4, 8, 16, 4, 1),),
+    },
+    ("cuda", 4, "widest"): {
+        "forward": ((4, 8, 16, 4, 2), (4, 8, 16, 8, 2)),
+        "backward_query": ((4, 8, 16, 4, 2), (4, 8, 16, 8, 2)),
+        "backward_key": ((4, 8, 16, 4, 2), (4, 4, 16, 4, 2)),
+        "backward_bias": ((4, 8, 16, 4, 1),),
+    },
+    ("cuda", 4, "uneven"): {
+        "forward": ((4, 8, 16, 4, 2), (8, 8, 16, 8, 2)),
+        "backward_query": ((4, 8, 16, 4, 2), (8, 8, 16, 8, 2)),
+        "backward_key": ((4, 8, 16, 4, 2), (8, 8, 16, 8, 2)),
+        "backward_bias": ((4, 8, 16, 4, 1),),
     },
 }
-_TILINGS["hip", 2] |= dict.fromkeys(("wide", "widest"), _TILINGS["hip", 2]["narrow"])
-_TILINGS["hip", 4] = _TILINGS["hip", 2]
+_TILINGS_OF_HIP = {
+    "forward": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+    "backward_query": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+    "backward_key": ((8, 8, 16, 4, 2), (4, 8, 16, 4, 2)),
+    "backward_bias": ((8, 8, 16, 4, 1),),
+}
+for _bytes in (2, 4):
+    for _heads in ("narrow", "wide", "widest"):
+        _TILINGS["hip", _bytes, _heads] = _TILINGS_OF_HIP
+    _TILINGS["hip", _bytes, "uneven"] = _TILINGS_OF_HIP | {"backward_bias": ((4, 4, 16, 4, 1),)}
 
 
 def tilings(
@@ -135,8 +134,7 @@ def tilings(
     else:
         width = "narrow" if head_dim <= 32 else "wide" if head_dim <= 64 else "widest"
         heads = "uneven" if head_dim % 16 and width != "widest" else width
-        part = {"_backward_key_kernel": "key", "_backward_bias_kernel": "bias"}
-        rows = _TILINGS[vendor, dtype.itemsize][heads][part.get(kernel, "forward")]
+        rows = _TILINGS[vendor, dtype.itemsize, heads][kernel[1:].removesuffix("_kernel")]
         found = [Tiling(*row) for row in rows]
     if shape == "small_map":
         found = [tiling for tiling in found if tiling.tile_h * tiling.tile_w <= 64]
@@ -212,6 +210,7 @@ def backward(
     lse: Tensor,
     neighborhood: Neighborhood,
     scale: float,
+    needs_bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Compute the gradients of query, key, value, bias, extra_key and extra_value.
 
@@ -230,9 +229,11 @@ def backward(
         lse: what the forward pass returned.
         neighborhood: the windows.
         scale: factor of the logits.
+        needs_bias_grad: whether to compute that of the bias.
 
     Returns:
-        The gradients, contiguous, in the inputs' dtypes; None for inputs that are None.
+        The gradients, contiguous, in the inputs' dtypes; None for inputs that are None
+        and what is not needed.
     """
     call = _Call(query, neighborhood, scale)
     call.add_tokens(grad_out=grad_out, query=query, key=key, value=value)
@@ -248,7 +249,7 @@ def backward(
     )
     call.launch_tiled("_backward_key_kernel", grad_key_ptr=grad_key, grad_value_ptr=grad_value)
     grad_bias = grad_extra_key = grad_extra_value = None
-    if bias is not None:
+    if bias is not None and needs_bias_grad:
         grad_bias = _bias_gradient(call, bias)
     if extra_key is not None and extra_value is not None:
         grad_extra_key, grad_extra_value = _extra_gradients(call, extra_key, extra_value)
@@ -330,10 +331,11 @@ class _Call:
 
     def launch(self, name: str, grid: Any, **arguments: Any) -> None:
         """Launch a kernel on the tensors' device."""
-        kernel = tuned_kernel(name, self.shape, self.dtype, self.head_dim)
+        kernel, options = tuned_kernel(name, self.shape, self.dtype, self.head_dim)
         known = self.arguments | arguments
+        taken = {name: value for name, value in known.items() if name in kernel.arg_names}
         with torch.cuda.device_of(self.arguments["query_ptr"]):
-            kernel[grid](**{name: known[name] for name in kernel.arg_names if name in known})
+            kernel[grid](**taken, **options)
 
 
 def _bias_gradient(call: _Call, bias: Tensor) -> Tensor:
@@ -412,21 +414,24 @@ def allows_tf32() -> bool:
 
 
 @functools.cache
-def tuned_kernel(name: str, shape: str, dtype: torch.dtype, head_dim: int) -> Any:
-    """Get a kernel that chooses among its tilings where there are several."""
+def tuned_kernel(
+    name: str, shape: str, dtype: torch.dtype, head_dim: int
+) -> tuple[Any, dict[str, int]]:
+    """Get a kernel that chooses its tiling, or one with the options of its only tiling."""
+    kernel = kernel_function(name)
+    found = tilings(name, shape, dtype, head_dim, VENDOR)
+    tiles = [
+        {key: value for key, value in tile_options(tiling).items() if key in kernel.arg_names}
+        for tiling in found
+    ]
+    launches = [{"num_warps": t.num_warps, "num_stages": t.num_stages} for t in found]
+    if len(found) == 1:
+        return kernel, tiles[0] | launches[0]
     import triton
 
-    kernel = kernel_function(name)
-    configs = [
-        triton.Config(
-            {key: value for key, value in options(tiling).items() if key in kernel.arg_names},
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
-        )
-        for tiling in tilings(name, shape, dtype, head_dim, VENDOR)
-    ]
+    configs = [triton.Config(tile, **launch) for tile, launch in zip(tiles, launches, strict=True)]
     key = [name for name in kernel.arg_names if name.startswith(("KERNEL_", "STRIDE_"))]
-    return triton.autotune(configs, key)(kernel)
+    return triton.autotune(configs, key)(kernel), {}
 
 
 def kernel_function(name: str) -> Any:
@@ -436,7 +441,7 @@ def kernel_function(name: str) -> Any:
     return getattr(triton_forward if name == "_forward_kernel" else triton_backward, name)
 
 
-def options(tiling: Tiling) -> dict[str, int]:
+def tile_options(tiling: Tiling) -> dict[str, int]:
     """Give a tiling as kernels' arguments."""
     return {"TILE_H": tiling.tile_h, "TILE_W": tiling.tile_w, "BLOCK": tiling.block}
 

@@ -21,6 +21,8 @@ from .triton_forward import (
     _group_size,
     _load_tokens,
     _mask_logits,
+    _members_of_block,
+    _members_of_tile,
     _num_tiles,
     _offset,
     _queries_of_tile,
@@ -100,12 +102,7 @@ def _backward_query_kernel(
     key_ptr += batch * key_stride_b + head * key_stride_n
     value_ptr += batch * value_stride_b + head * value_stride_n
 
-    member = tl.arange(0, TILE_H * TILE_W)
-    query_h = first_h + member // TILE_W
-    query_w = first_w + member % TILE_W
-    is_query = (query_h < size_h) & (query_w < size_w)
-    query_h = tl.minimum(query_h, size_h - 1)
-    query_w = tl.minimum(query_w, size_w - 1)
+    query_h, query_w, is_query = _members_of_tile(first_h, first_w, size_h, size_w, TILE_H, TILE_W)
     row = group_h + dilation_h * query_h
     column = group_w + dilation_w * query_w
     q_offset = _offset(row, column, query_stride_h, query_stride_w)
@@ -124,11 +121,7 @@ def _backward_query_kernel(
     begin_h, span_h = _windows_of_tile(first_h, size_h, TILE_H, KERNEL_H, STRIDE_H, CAUSAL_H)
     begin_w, span_w = _windows_of_tile(first_w, size_w, TILE_W, KERNEL_W, STRIDE_W, CAUSAL_W)
     for first_key in range(0, span_h * span_w, BLOCK):
-        number = first_key + tl.arange(0, BLOCK)
-        is_key = number < span_h * span_w
-        number = tl.minimum(number, span_h * span_w - 1)
-        key_h = begin_h + number // span_w
-        key_w = begin_w + number % span_w
+        key_h, key_w, is_key = _members_of_block(first_key, begin_h, begin_w, span_h, span_w, BLOCK)
         row_k = group_h + dilation_h * key_h
         column_k = group_w + dilation_w * key_w
         k_offset = _offset(row_k, column_k, key_stride_h, key_stride_w)
@@ -240,29 +233,22 @@ def _backward_key_kernel(
     key_ptr += batch * key_stride_b + head * key_stride_n
     value_ptr += batch * value_stride_b + head * value_stride_n
 
-    member = tl.arange(0, TILE_H * TILE_W)
-    key_h = first_h + member // TILE_W
-    key_w = first_w + member % TILE_W
-    is_key = (key_h < size_h) & (key_w < size_w)
-    # Keys behind the end of the group are seen by no query, and not stored.
-    row = group_h + dilation_h * tl.minimum(key_h, size_h - 1)
-    column = group_w + dilation_w * tl.minimum(key_w, size_w - 1)
+    key_h, key_w, is_key = _members_of_tile(first_h, first_w, size_h, size_w, TILE_H, TILE_W)
+    row = group_h + dilation_h * key_h
+    column = group_w + dilation_w * key_w
     k_offset = _offset(row, column, key_stride_h, key_stride_w)
     k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
     v_offset = _offset(row, column, value_stride_h, value_stride_w)
     v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
-    key_h = tl.where(is_key, key_h, -1)
 
     grad_key = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
     grad_value = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
     begin_h, span_h = _queries_of_tile(first_h, size_h, TILE_H, KERNEL_H, STRIDE_H, CAUSAL_H)
     begin_w, span_w = _queries_of_tile(first_w, size_w, TILE_W, KERNEL_W, STRIDE_W, CAUSAL_W)
     for first_query in range(0, span_h * span_w, BLOCK):
-        number = first_query + tl.arange(0, BLOCK)
-        is_query = number < span_h * span_w
-        number = tl.minimum(number, span_h * span_w - 1)
-        query_h = begin_h + number // span_w
-        query_w = begin_w + number % span_w
+        query_h, query_w, is_query = _members_of_block(
+            first_query, begin_h, begin_w, span_h, span_w, BLOCK
+        )
         row_q = group_h + dilation_h * query_h
         column_q = group_w + dilation_w * query_w
         q_offset = _offset(row_q, column_q, query_stride_h, query_stride_w)
@@ -366,7 +352,6 @@ def _backward_bias_kernel(
     key_ptr += head * key_stride_n
     value_ptr += head * value_stride_n
 
-    member = tl.arange(0, TILE_H * TILE_W)
     number = block * BLOCK + tl.arange(0, BLOCK)
     relative_h = number // SPAN_W - (KERNEL_H - 1)
     relative_w = number % SPAN_W - (KERNEL_W - 1)
@@ -379,11 +364,9 @@ def _backward_bias_kernel(
         batch = (tile // num_tiles).to(tl.int64)
         size_h = _group_size(height, dilation_h, group_h)
         size_w = _group_size(width, dilation_w, group_w)
-        query_h = first_h + member // TILE_W
-        query_w = first_w + member % TILE_W
-        is_query = (query_h < size_h) & (query_w < size_w)
-        query_h = tl.minimum(query_h, size_h - 1)
-        query_w = tl.minimum(query_w, size_w - 1)
+        query_h, query_w, is_query = _members_of_tile(
+            first_h, first_w, size_h, size_w, TILE_H, TILE_W
+        )
         row_q = group_h + dilation_h * query_h
         column_q = group_w + dilation_w * query_w
         q_offset = batch * query_stride_b + _offset(row_q, column_q, query_stride_h, query_stride_w)
@@ -426,7 +409,7 @@ def _backward_bias_kernel(
         total += tl.exp(logits - lse[:, None]) * (grad_weights + shared[:, None])
 
     place = ((share * num_heads + head) * NUM_BLOCKS + block) * (TILE_H * TILE_W * BLOCK)
-    pair = member[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    pair = tl.arange(0, TILE_H * TILE_W)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(partial_ptr + place + pair, total)
 
 

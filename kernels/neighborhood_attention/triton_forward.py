@@ -107,6 +107,25 @@ def _num_tiles(height, width, dilation_h, dilation_w, TILE_H: tl.constexpr, TILE
 
 
 @triton.jit
+def _members_of_tile(first_h, first_w, size_h, size_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Members of a group in a tile, and which exist: the last stands for those behind the end."""
+    number = tl.arange(0, TILE_H * TILE_W)
+    member_h = first_h + number // TILE_W
+    member_w = first_w + number % TILE_W
+    exists = (member_h < size_h) & (member_w < size_w)
+    return tl.minimum(member_h, size_h - 1), tl.minimum(member_w, size_w - 1), exists
+
+
+@triton.jit
+def _members_of_block(first, begin_h, begin_w, span_h, span_w, BLOCK: tl.constexpr):
+    """Members first .. first + BLOCK - 1 of a rectangle, and which exist, as for a tile."""
+    number = first + tl.arange(0, BLOCK)
+    exists = number < span_h * span_w
+    number = tl.minimum(number, span_h * span_w - 1)
+    return begin_h + number // span_w, begin_w + number % span_w, exists
+
+
+@triton.jit
 def _offset(row, column, stride_h, stride_w):
     """Elements from the first token of an image to others of its map."""
     return row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
@@ -248,13 +267,7 @@ def _forward_kernel(
     key_ptr += batch * key_stride_b + head * key_stride_n
     value_ptr += batch * value_stride_b + head * value_stride_n
 
-    member = tl.arange(0, TILE_H * TILE_W)
-    query_h = first_h + member // TILE_W
-    query_w = first_w + member % TILE_W
-    is_query = (query_h < size_h) & (query_w < size_w)
-    # Queries behind the end of the group do as its last one does, and are not stored.
-    query_h = tl.minimum(query_h, size_h - 1)
-    query_w = tl.minimum(query_w, size_w - 1)
+    query_h, query_w, is_query = _members_of_tile(first_h, first_w, size_h, size_w, TILE_H, TILE_W)
     row = group_h + dilation_h * query_h
     column = group_w + dilation_w * query_w
     q_offset = _offset(row, column, query_stride_h, query_stride_w)
@@ -266,11 +279,7 @@ def _forward_kernel(
     begin_h, span_h = _windows_of_tile(first_h, size_h, TILE_H, KERNEL_H, STRIDE_H, CAUSAL_H)
     begin_w, span_w = _windows_of_tile(first_w, size_w, TILE_W, KERNEL_W, STRIDE_W, CAUSAL_W)
     for first_key in range(0, span_h * span_w, BLOCK):
-        number = first_key + tl.arange(0, BLOCK)
-        is_key = number < span_h * span_w
-        number = tl.minimum(number, span_h * span_w - 1)
-        key_h = begin_h + number // span_w
-        key_w = begin_w + number % span_w
+        key_h, key_w, is_key = _members_of_block(first_key, begin_h, begin_w, span_h, span_w, BLOCK)
         row_k = group_h + dilation_h * key_h
         column_k = group_w + dilation_w * key_w
         k_offset = _offset(row_k, column_k, key_stride_h, key_stride_w)

@@ -8,7 +8,16 @@ import safetensors.torch
 import timm
 import torch
 from mmengine.registry import MODELS
-from oracles import error, load_cases, make_checkpoint, make_input, make_state_dict, relative_error
+from oracles import (
+    error,
+    in_transformers_layout,
+    isotropic_keys,
+    load_cases,
+    make_checkpoint,
+    make_input,
+    make_state_dict,
+    relative_error,
+)
 from timm.models._hub import save_for_hf
 
 from densezoo.backbones.checkpoints import convert_checkpoint, map_keys, unwrap_nesting
@@ -34,36 +43,65 @@ def saved(tmp_path, checkpoint, name="checkpoint.pth"):
     return tmp_path / name
 
 
+def file_of(name):
+    """Name and arguments of the model that an official file of `FILES` is for, and the file."""
+    if name in CASES:
+        case_file, case = CASES[name]
+        checkpoint = make_checkpoint(case_file, case)
+        return case_file["model_name"], case["model_kwargs"], checkpoint
+    return FURTHER_FILES[name]()
+
+
+def transformers_file():
+    case_file, case = CASES["nat_mini-classification-224x224-0"]
+    return "nat_mini", {}, in_transformers_layout(make_checkpoint(case_file, case), (3, 4, 6, 5))
+
+
+def isotropic_file(model_name, table):
+    is_full = model_name.startswith("vitrpb")
+    state = make_state_dict(isotropic_keys(2, 384, 12, table, is_full))
+    return model_name, dict(depths=(2,)), state
+
+
+# Layouts that no case of outputs has, by the names that their libraries give.
+FURTHER_FILES = {
+    "nat_mini-transformers": transformers_file,
+    "nat_isotropic_small": lambda: isotropic_file("nat_isotropic_small", 13),
+    "vitrpb_small": lambda: isotropic_file("vitrpb_small", 27),
+}
+FILES = [*CASES, *FURTHER_FILES]
+
+
 @functools.cache
 def converted(name):
-    """The model of a case, its official file's entries as the model's, and the report."""
-    case_file, case = CASES[name]
-    registered = BACKBONES[case_file["model_name"]]
-    model = timm.create_model(case_file["model_name"], **case["model_kwargs"])
+    """The model of an official file, the file's entries as the model's, and the report."""
+    model_name, arguments, checkpoint = file_of(name)
+    registered = BACKBONES[model_name]
+    model = timm.create_model(model_name, **arguments)
     mapped, report = convert_checkpoint(
-        make_checkpoint(case_file, case),
+        checkpoint,
         model,
         registered.key_rules,
         first_conv=registered.weights.first_conv,
     )
     shapes = [{k: v.shape for k, v in state.items()} for state in (model.state_dict(), mapped)]
-    return *shapes, report
+    return *shapes, report, registered
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FILES)
 def test_every_entry_of_an_official_file_maps_onto_exactly_our_keys(name):
-    own, mapped, report = converted(name)
-    assert report.dialect in BACKBONES[CASES[name][0]["model_name"]].key_rules
+    own, mapped, report, registered = converted(name)
+    assert report.dialect in registered.key_rules
     assert (report.missing, report.unexpected, report.reshaped) == ([], [], [])
     assert sorted(report.loaded) == sorted(own)
     assert mapped == own
 
 
 @pytest.mark.parametrize("family", sorted({r.cls.__name__ for r in BACKBONES.values()}))
-def test_every_dialect_of_a_family_has_a_case(family):
-    members = {n: r for n, r in BACKBONES.items() if r.cls.__name__ == family}
-    dialects = {dialect for registered in members.values() for dialect in registered.key_rules}
-    tried = {converted(n)[2].dialect for n in CASES if CASES[n][0]["model_name"] in members}
+def test_every_dialect_of_a_family_has_a_file(family):
+    members = [r for r in BACKBONES.values() if r.cls.__name__ == family]
+    dialects = {dialect for registered in members for dialect in registered.key_rules}
+    tried = {converted(n)[2].dialect for n in FILES if converted(n)[3] in members}
     assert tried == dialects
 
 

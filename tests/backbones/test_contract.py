@@ -1,7 +1,12 @@
 """What every registered backbone promises. A family inherits these tests by registering.
 
 A family's smallest variant is tested by default, its others by the slow tests, and models too
-large to run (`oracles.MOST_PARAMETERS`) by their shapes on the meta device alone.
+large to run (`oracles.MOST_PARAMETERS`) by their shapes on the meta device alone. Where a family
+has several designs, a class each, the smallest of each is held by default to what depends on how
+a resolution is changed (`every_design`).
+
+Models of one map, which four stages' clauses do not fit, have tests of their own
+(`test_nat_isotropic.py`).
 """
 
 import copy
@@ -48,6 +53,7 @@ from densezoo.tools import export_files
 from densezoo.tools.count_macs import count_macs
 
 every_name = pytest.mark.parametrize("name", variants_of_families())
+every_design = pytest.mark.parametrize("name", variants_of_families(every_design=True))
 every_name_by_shape = pytest.mark.parametrize("name", variants_by_shape())
 SIZES = [(224, 224), (97, 131), (33, 200), (256, 320), (480, 640)]
 MAIN_FORMS = ["classifier", "getter", "dense"]
@@ -105,7 +111,7 @@ def test_every_form_gives_the_maps_asked_for_in_that_order(name, out_indices):
             assert relative_error(m, e) < 1e-5, form
 
 
-@every_name
+@every_design
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (31, 33), (4, 7)], ids=str)
 def test_images_smaller_than_the_largest_stride_work_or_are_named(name, size):
     model = timm.create_model(name, features_only=True).eval()
@@ -156,7 +162,7 @@ def test_pruning_keeps_the_maps_and_drops_what_they_do_not_need(name):
     assert not [k for k in pruned.state_dict() if k.startswith(("norm", "head"))]
 
 
-@every_name
+@every_design
 def test_the_layout_of_outputs_follows_the_image(name):
     model = timm.create_model(name).eval()
     x = image(64, 96)
@@ -179,7 +185,7 @@ def test_images_of_a_batch_do_not_affect_each_other(name):
         assert relative_error(model(x)[1:], model(x[1:])) < 1e-5
 
 
-@every_name
+@every_design
 def test_it_vectorises_over_images(name):
     model = timm.create_model(name).eval()
     x = image(32, 64, batch=3)
@@ -257,7 +263,9 @@ def test_macs_are_the_published_ones_to_their_last_digit_and_none_is_uncounted(n
     report = count_macs(name)
     assert report.published == BACKBONES[name].weights.published
     gmacs = report.published.gmacs
-    assert gmacs is None or round_as(gmacs, report.macs / 1e9) == gmacs
+    # Authors count LayerNorm, as fvcore does, or leave it out.
+    counts = [report.macs, report.macs - report.operators.get("layer_norm", 0)]
+    assert gmacs is None or gmacs in [round_as(gmacs, count / 1e9) for count in counts]
     assert report.uncounted == {}
 
 
@@ -277,7 +285,7 @@ def test_gradients_reach_every_parameter_for_every_choice_of_stages(name, form):
         assert without_gradient(model) == [], out_indices
 
 
-@every_name
+@every_design
 def test_gradients_reach_every_parameter_of_the_classifier(name):
     model = timm.create_model(name).train()
     loss_of(model(image(64, 64, batch=2))).backward()
@@ -449,7 +457,7 @@ def test_pretrained_weights_fit_grey_images_and_those_of_four_channels(name, for
 # Precision
 
 
-@every_name
+@every_design
 def test_float64_agrees_with_float32(name, settle):
     model = settle(timm.create_model(name))
     x = image(97, 131)
@@ -631,7 +639,7 @@ def test_ten_sizes_of_all_blocks_compile_into_two_graphs_at_most(name):
     check_ten_sizes(timm.create_model(name), training=True)
 
 
-@every_name
+@every_design
 def test_channels_last_images_compile_whole(name):
     torch._dynamo.reset()
     model = timm.create_model(name, **ONE_BLOCK).eval()
@@ -647,8 +655,8 @@ def test_channels_last_images_compile_whole(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if family == "CASViT" else pytest.mark.slow)
-        for family, name in smallest_of_families().items()
+        pytest.param(name, marks=() if name == "cas_vit_xs" else pytest.mark.slow)
+        for name in smallest_of_families().values()
     ],
 )
 def test_inductor_gives_the_same_maps_and_gradients(name):
@@ -700,7 +708,7 @@ def test_it_is_exported_for_any_batch_and_size(name, form, export_format, settle
     check_export(settle(build(name, form)), export_format, tmp_path / "exported")
 
 
-@every_name
+@every_design
 def test_programs_run_on_other_devices(name):
     model = build(name, "classifier", **ONE_BLOCK).eval()
     if export_files.reason_against(model, "torch_export") is not None:

@@ -4,6 +4,7 @@ In another process: a kernel that was decorated for the interpreter cannot be co
 """
 
 import csv
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -19,10 +20,13 @@ INSTRUCTIONS = {
     "sm_100": {"mma.sync", "tcgen05.mma"},
     "gfx942": {"v_mfma"},
 }
+IS_OLD = importlib.metadata.version("triton").startswith("3.2.")
 
 
 def compile_kernels(tmp_path, **choices):
     """Compile the kernels in every tiling; give the rows of the CSV."""
+    if IS_OLD and {"sm_100", "gfx942"} & set(choices["targets"]):
+        pytest.skip("Triton 3.2 brings no assembler for sm_100 and no linker for gfx942")
     options = [word for name, values in choices.items() for word in (f"--{name}", *values)]
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(

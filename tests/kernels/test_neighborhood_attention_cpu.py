@@ -39,6 +39,7 @@ KINDS = {
     "causal": Case((19, 20), (5, 4), stride=(2, 1), is_causal=(True, True)),
     "extra": Case((18, 21), (5, 5), has_bias=True, num_extra=3, batch=2),
     "1-D": Case((61,), (7,), has_bias=True, batch=2),
+    "1-D wide": Case((111,), (61,), has_bias=True),
     "1-D dilated": Case((61,), (7,), (3,), has_bias=True, num_extra=1, batch=2),
     "1-D causal": Case((50,), (6,), stride=(4,), is_causal=(True,)),
 }
@@ -270,8 +271,9 @@ def test_memory_grows_with_the_map_and_not_with_its_square(dilation):
     assert large[0] < 2 and large[1] < 4.5
 
 
-def test_memory_of_a_long_sequence_grows_with_its_length():
-    small, large = (peaks((length,), (13,), (2,)) for length in (4096, 65536))
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_memory_of_a_long_sequence_grows_with_its_length(dilation):
+    small, large = (peaks((length,), (13,), (dilation,)) for length in (4096, 65536))
     assert large[0] <= small[0] and large[1] <= small[1]
     assert large[0] < 2 and large[1] < 4.5
 
@@ -319,11 +321,19 @@ class TestMasksThatAreKept:
             change(bias)
             torch.testing.assert_close(self.run(inputs, bias), self.expected(inputs, bias))
 
-    def test_another_grid_and_dtype_get_their_own(self):
+    def test_every_grid_gets_its_own(self):
         bias = make_inputs(self.case)["bias"]
         for grid in ((14, 14), (15, 9), (14, 14)):
             inputs = make_inputs(Case(grid, (7, 7), heads=2))
             torch.testing.assert_close(self.run(inputs, bias), self.expected(inputs, bias))
+
+    def test_those_of_inference_serve_training(self):
+        inputs = make_inputs(self.case)
+        with torch.inference_mode():
+            self.run(inputs, inputs["bias"])
+        assert_equal_but_for_rounding(
+            run_case(self.case, inputs, "cpu"), run_case(self.case, inputs, "reference")
+        )
 
     def test_they_go_with_the_table(self):
         inputs = make_inputs(self.case)

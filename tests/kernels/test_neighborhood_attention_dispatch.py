@@ -1,6 +1,5 @@
 """The public function: choice of a path, what compilers and exporters make of it, its cost."""
 
-import os
 import subprocess
 import sys
 from functools import partial
@@ -15,9 +14,8 @@ from torch.export import Dim
 from torch.func import grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from densezoo.kernels import neighborhood_attention
+from densezoo.kernels import neighborhood_attention, use_backend, which_backend
 from densezoo.kernels.neighborhood_attention.dispatch import count_operator_macs
-from densezoo.kernels.runtime import use_backend, which_backend
 from densezoo.tools import export_files
 from densezoo.tools.count_macs import count_macs
 
@@ -77,17 +75,50 @@ def test_its_gradient_passes_pytorchs_own_checks(needs_bias_grad, has_grad_lse):
     )
 
 
-def test_gradients_are_made_for_those_inputs_alone_that_need_them():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("wanted", TENSORS)
+def test_each_input_can_be_the_only_one_that_needs_a_gradient(wanted, backend):
     inputs = make_inputs(CASE)
-    whole = run_case(CASE, inputs)
-    for wanted in TENSORS:
-        tensors = {name: inputs[name].detach().clone() for name in TENSORS}
-        tensors[wanted].requires_grad_()
-        out = neighborhood_attention(**tensors, **CASE.arguments)
-        (grad_,) = torch.autograd.grad(out, tensors[wanted], inputs["grad_out"])
-        expected = run_case(CASE, inputs, with_lse=False)[f"grad_{wanted}"]
-        torch.testing.assert_close(grad_, expected, rtol=1e-12, atol=1e-12)
-        assert not torch.equal(expected, whole[f"grad_{wanted}"]) or wanted.endswith("value")
+    expected = run_case(CASE, inputs, backend)[f"grad_{wanted}"]
+    tensors = {name: inputs[name].detach().clone() for name in TENSORS}
+    tensors[wanted].requires_grad_()
+    outputs = neighborhood_attention(**tensors, **CASE.arguments, return_lse=True, backend=backend)
+    outputs = [output for output in outputs if output.requires_grad]
+    cotangents = [inputs["grad_out"], inputs["grad_lse"]][: len(outputs)]
+    (grad_,) = torch.autograd.grad(outputs, tensors[wanted], cotangents)
+    torch.testing.assert_close(grad_, expected, rtol=1e-12, atol=1e-12)
+
+
+def assert_bias_gradient_is_left_out(backend, device="cpu"):
+    case = Case((6, 7), (3, 5), has_bias=True, head_dim=16)
+    inputs = make_inputs(case, torch.float32, device=device)
+    tensors = [inputs[name] for name in TENSORS]
+    windows = ([3, 5], [1, 1], [1, 1], [0, 0], 0.25)
+    outputs = OPERATOR(*tensors, *windows, backend)
+    whole, without_bias = (
+        BACKWARD(inputs["grad_out"], None, *tensors, *outputs, *windows, is_needed, backend)
+        for is_needed in (True, False)
+    )
+    assert whole[3].shape == inputs["bias"].shape and without_bias[3].numel() == 0
+    for a, b in zip(whole[:3], without_bias[:3], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_cpu_path_leaves_out_a_gradient_of_the_bias_that_is_not_needed():
+    assert_bias_gradient_is_left_out("cpu")
+
+
+def test_the_triton_path_leaves_out_a_gradient_of_the_bias_that_is_not_needed(kernel_device):
+    assert_bias_gradient_is_left_out("triton", kernel_device)
+
+
+@pytest.mark.slow
+def test_the_operator_passes_pytorchs_own_checks_on_triton(kernel_device):
+    inputs = make_inputs(Case((5, 6), (3, 3), has_bias=True), torch.float32, device=kernel_device)
+    tensors = [None if t is None else t.detach().clone() for t in map(inputs.get, TENSORS)]
+    tensors = [None if t is None else t.requires_grad_() for t in tensors]
+    windows = ([3, 3], [1, 1], [1, 1], [0, 0], 0.25)
+    torch.library.opcheck(OPERATOR, (*tensors, *windows, "triton"))
 
 
 def test_the_lse_alone_has_gradients_too():
@@ -417,30 +448,25 @@ def test_the_path_that_is_asked_for_is_the_one_that_runs():
 
 
 NO_TRITON = """
-import sys
+import os, sys
 sys.modules["triton"] = None  # importing it fails
 import torch
 from densezoo.kernels import neighborhood_attention
 query = torch.randn(1, 8, 9, 2, 8, requires_grad=True)
 neighborhood_attention(query, query, query, 5).sum().backward()
-try:
-    neighborhood_attention(query, query, query, 5, backend="triton")
-except ValueError as error:
-    print(error)
+for mode in "0", "1":
+    os.environ["TRITON_INTERPRET"] = mode
+    try:
+        neighborhood_attention(query, query, query, 5, backend="triton")
+    except ValueError as error:
+        print(error)
 """
 
 
 def test_calls_on_the_cpu_need_no_triton_and_asking_for_it_tells_so():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    said = []
-    for interpreted in ({}, {"TRITON_INTERPRET": "1"}):
-        done = subprocess.run(
-            [sys.executable, "-c", NO_TRITON],
-            capture_output=True,
-            text=True,
-            env=environment | interpreted,
-        )
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert "backend='triton' cannot run" in said[0] and "tensors are on the CPU" in said[0]
-    assert "backend='triton' cannot run" in said[1] and "Triton cannot be imported" in said[1]
+    done = subprocess.run([sys.executable, "-c", NO_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled, interpreted = done.stdout.splitlines()
+    assert "backend='triton' cannot run" in compiled and "tensors are on the CPU" in compiled
+    assert "backend='triton' cannot run" in interpreted
+    assert "Triton cannot be imported" in interpreted
