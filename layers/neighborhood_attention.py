@@ -80,7 +80,9 @@ class NeighborhoodAttention(nn.Module):
         qkv = torch.cat([qkv, padding], dim=axis)
         if not is_open:
             return qkv
-        positions = torch.arange(torch.sym_max(length, least), device=qkv.device)
+        # Dynamo takes max for sym_max, and fails at the latter (torch 2.6) where it is constant.
+        largest = max if torch.compiler.is_dynamo_compiling() else torch.sym_max
+        positions = torch.arange(largest(length, least), device=qkv.device)
         return qkv.index_select(axis, positions.clamp(max=length))
 
     def extra_repr(self) -> str:

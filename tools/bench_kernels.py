@@ -210,7 +210,7 @@ def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
 def measure_ceilings(setup: Setup) -> Ceilings:
     """Measure the rates of matrix products and copies, each the best of several trials."""
     device, dtype = torch.device(setup.device), DTYPES[setup.dtype]
-    side = 1024 if device.type == "cpu" else 8192
+    side = 512 if device.type == "cpu" else 8192
     a, b = torch.rand(2, side, side).to(device, dtype)
     product_ms = _time_best(lambda: torch.mm(a, b), device)
     # Filled with ones, both: the system gives memory of zeros without giving any.
@@ -220,7 +220,8 @@ def measure_ceilings(setup: Setup) -> Ceilings:
 
 
 def _time_best(step: Callable[[], Any], device: torch.device) -> float:
-    return min(_time(step, 1, device) for _ in range(6))
+    # Trials are short and many: other programs interrupt some of them.
+    return min(_time(step, 1, device) for _ in range(30))
 
 
 def _time(step: Callable[[], Any], calls: int, device: torch.device) -> float:

@@ -143,9 +143,10 @@ def compile_kernel(target: str, shape: str, dtype: str, kernel: str, tiling: Any
     from triton.backends.compiler import GPUTarget
 
     source = _make_source(kernel, SHAPES[shape], dtype, tiling)
-    options = dict(num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+    vendor = TARGETS[target][0]
+    options = _module("triton").launch_options(tiling, vendor)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    is_amd = TARGETS[target][0] == "hip"
+    is_amd = vendor == "hip"
     assembly = compiled.asm["amdgcn" if is_amd else "ptx"]
     registers, spills = (_read_amd if is_amd else _read_nvidia)(compiled.asm)
     return dict(

@@ -424,7 +424,7 @@ def tuned_kernel(
         {key: value for key, value in tile_options(tiling).items() if key in kernel.arg_names}
         for tiling in found
     ]
-    launches = [{"num_warps": t.num_warps, "num_stages": t.num_stages} for t in found]
+    launches = [launch_options(tiling, VENDOR) for tiling in found]
     if len(found) == 1:
         return kernel, tiles[0] | launches[0]
     import triton
@@ -444,6 +444,15 @@ def kernel_function(name: str) -> Any:
 def tile_options(tiling: Tiling) -> dict[str, int]:
     """Give a tiling as kernels' arguments."""
     return {"TILE_H": tiling.tile_h, "TILE_W": tiling.tile_w, "BLOCK": tiling.block}
+
+
+def launch_options(tiling: Tiling, vendor: str) -> dict[str, int]:
+    """Give a tiling as the compiler's options."""
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    if vendor == "cuda" and not runtime.is_interpreted():
+        # Left alone, ptxas spills a register or two to make room for another program.
+        options["maxnreg"] = 255
+    return options
 
 
 def block_of_channels(head_dim: int) -> int:
