@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "cpu", "reference")
 VARIABLE = "DENSEZOO_BACKEND"
@@ -192,6 +193,8 @@ def why_no_operator() -> str | None:
     transforms = torch._C._functorch.get_interpreter_stack() or ()
     if any(transform.key() in _DERIVATIVES for transform in transforms):
         return "torch.func differentiates it, which plain PyTorch alone allows"
+    if forward_ad._current_level >= 0:
+        return "it is differentiated in forward mode, which plain PyTorch alone allows"
     return None
 
 

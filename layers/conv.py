@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .arguments import check_whole_number
@@ -34,6 +35,7 @@ def prefers_channels_last(x: torch.Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 

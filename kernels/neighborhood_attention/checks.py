@@ -208,8 +208,10 @@ def cast_under_autocast(tensors: Tensors) -> Tensors:
 def _check_alike(tensors: Tensors) -> None:
     """Raise a ValueError unless all tensors have one device and one floating-point dtype."""
     query = tensors[0]
-    if not query.is_floating_point():
-        raise ValueError(f"query has dtype {query.dtype}: a floating-point dtype is taken")
+    if not query.is_floating_point() or query.itemsize < 2:
+        raise ValueError(
+            f"query has dtype {query.dtype}: a floating-point dtype of at least 16 bits is taken"
+        )
     for name, tensor in zip(TENSOR_NAMES[1:], tensors[1:], strict=True):
         if tensor is None:
             continue

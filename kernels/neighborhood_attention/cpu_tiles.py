@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby, product
 from math import ceil, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from .windows import Neighborhood, axis_windows
 # Elements of the keys and values of the tiles that are gone over at a time.
 TILES_CHUNK = 1 << 18
 BANDS_CHUNK = 1 << 20
+# Places in the table that a class of tiles keeps; masks of large kernels have megabytes of them.
+_MOST_KEPT = 1 << 16
 # Queries of a tile at a border that larger ones are cut into.
 _MOST_AT_BORDER = 16
 
@@ -112,6 +114,16 @@ def axis_tiles(
     return tuple(classes)
 
 
+class _kept_if_small(cached_property):
+    """A tensor that is computed once, or each time where it is large."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        tensor = super().__get__(instance, owner)
+        if instance is not None and tensor.numel() > _MOST_KEPT:
+            vars(instance).pop(self.attrname, None)
+        return tensor
+
+
 def table_index(y: Tensor, x: Tensor, neighborhood: Neighborhood) -> Tensor:
     """Places in the flattened table for offsets along both axes, one past its end for -1.
 
@@ -162,7 +174,7 @@ class Tiles:
         """Whether every query sees every key."""
         return self.y.is_full and self.x.is_full
 
-    @cached_property
+    @_kept_if_small
     def table_index(self) -> Tensor:
         """(Q * K,), of `table_index`."""
         offsets = map(AxisTiles.offsets, (self.y, self.x), self.neighborhood.kernel_size)
@@ -403,7 +415,7 @@ class Bands:
         """Whether every query sees every key."""
         return self.y.is_full and bool((self.x.offsets >= 0).all())
 
-    @cached_property
+    @_kept_if_small
     def table_index(self) -> Tensor:
         """(kinds * Q * K,), of `table_index`."""
         y = self.y.offsets(self.neighborhood.kernel_size[0])

@@ -56,7 +56,8 @@ def neighborhood_attention(
     device, 1-D to 3-D; what torch.jit.trace and ONNX files get). All give equal results up to
     rounding, and deterministic ones, but for the reference's gradients on a GPU. Forward-mode
     and second derivatives are the reference's alone. :func:`densezoo.kernels.which_backend`
-    tells which one a call takes.
+    tells which one a call takes. In the reference NaN and infinite keys and values reach the
+    queries that see them; in the others they may reach neighbours of these too.
 
     Under autocast all inputs are cast to its dtype. Softmax and lse are computed in at least
     float32.
@@ -157,20 +158,24 @@ runtime.register_chooser(neighborhood_attention, _explain)
 # The operators as PyTorch's dispatcher knows them. One kernel stands for all devices; `backend`
 # is the name of one, or empty: then the first that can is chosen when the operator runs, so that
 # an exported program may move to another device.
+# A process has them once: the package imported anew takes those that are there.
 _library = torch.library.Library("densezoo", "FRAGMENT")
+_is_first = not hasattr(torch.ops.densezoo, _NAME)
 _WINDOWS_SCHEMA = "int[] kernel_size, int[] dilation, int[] stride, int[] is_causal, float scale"
-_library.define(
-    "neighborhood_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, "
-    f"Tensor? extra_key, Tensor? extra_value, {_WINDOWS_SCHEMA}, str backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "neighborhood_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
-    "Tensor value, Tensor? bias, Tensor? extra_key, Tensor? extra_value, Tensor out, Tensor lse, "
-    f"{_WINDOWS_SCHEMA}, bool needs_bias_grad, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+if _is_first:
+    _library.define(
+        "neighborhood_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, "
+        f"Tensor? extra_key, Tensor? extra_value, {_WINDOWS_SCHEMA}, str backend) "
+        "-> (Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    _library.define(
+        "neighborhood_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, "
+        "Tensor key, Tensor value, Tensor? bias, Tensor? extra_key, Tensor? extra_value, "
+        f"Tensor out, Tensor lse, {_WINDOWS_SCHEMA}, bool needs_bias_grad, str backend) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 _OPERATOR = torch.ops.densezoo.neighborhood_attention.default
 _BACKWARD_OPERATOR = torch.ops.densezoo.neighborhood_attention_backward.default
 
@@ -413,24 +418,25 @@ def _register_flop_formula(operator: torch._ops.OpOverload, flops: Callable[...,
     register_flop_formula(operator.overloadpacket)(flops)
 
 
-_register(
-    _OPERATOR,
-    kernel=_forward,
-    fake=_fake_forward,
-    setup_context=_save_for_backward,
-    backward=_differentiate,
-    vmap=_vmap_forward,
-    flops=_forward_flops,
-)
-_register(
-    _BACKWARD_OPERATOR,
-    kernel=_backward,
-    fake=_fake_backward,
-    setup_context=None,
-    backward=_refuse_second_derivative,
-    vmap=functools.partial(_vmap_loop, _BACKWARD_OPERATOR),
-    flops=_backward_flops,
-)
-# What torch.onnx.export looks at. Fake tensors look at both tables, at the second one first.
-torch._decomp.decomposition_table[_OPERATOR] = _decompose
-torch._decomp.meta_table[_OPERATOR] = _fake_forward
+if _is_first:
+    _register(
+        _OPERATOR,
+        kernel=_forward,
+        fake=_fake_forward,
+        setup_context=_save_for_backward,
+        backward=_differentiate,
+        vmap=_vmap_forward,
+        flops=_forward_flops,
+    )
+    _register(
+        _BACKWARD_OPERATOR,
+        kernel=_backward,
+        fake=_fake_backward,
+        setup_context=None,
+        backward=_refuse_second_derivative,
+        vmap=functools.partial(_vmap_loop, _BACKWARD_OPERATOR),
+        flops=_backward_flops,
+    )
+    # What torch.onnx.export looks at. Fake tensors look at both tables, at the second one first.
+    torch._decomp.decomposition_table[_OPERATOR] = _decompose
+    torch._decomp.meta_table[_OPERATOR] = _fake_forward

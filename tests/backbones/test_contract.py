@@ -626,9 +626,22 @@ def check_ten_sizes(model, training):
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-@every_name
-@main_forms
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+# What differs from one form to the next is the zoo's, not the family's: all of them by default for
+# the first family alone, since symbolic sizes take seconds to trace.
+COMPILED = [("classifier", True), ("getter", False)]
+
+
+def compiled_forms():
+    for parameters in variants_of_families():
+        (name,) = parameters.values
+        for form, training in itertools.product(MAIN_FORMS, (False, True)):
+            is_default = name == "cas_vit_xs" or (form, training) in COMPILED
+            marks = parameters.marks or (() if is_default else pytest.mark.slow)
+            mode = "training" if training else "inference"
+            yield pytest.param(name, form, training, marks=marks, id=f"{mode}-{form}-{name}")
+
+
+@pytest.mark.parametrize("name, form, training", compiled_forms())
 def test_ten_sizes_compile_into_two_graphs_at_most(name, form, training):
     check_ten_sizes(build(name, form, **ONE_BLOCK), training)
 
@@ -705,7 +718,14 @@ def check_export(model, export_format, path):
 @pytest.mark.parametrize("form", ["classifier", "getter"])
 @pytest.mark.parametrize("export_format", list(export_files.SUFFIXES))
 def test_it_is_exported_for_any_batch_and_size(name, form, export_format, settle, tmp_path):
-    check_export(settle(build(name, form)), export_format, tmp_path / "exported")
+    check_export(settle(build(name, form, **ONE_BLOCK)), export_format, tmp_path / "exported")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", smallest_of_families().values())
+@pytest.mark.parametrize("export_format", list(export_files.SUFFIXES))
+def test_all_its_blocks_are_exported(name, export_format, settle, tmp_path):
+    check_export(settle(timm.create_model(name)), export_format, tmp_path / "exported")
 
 
 @every_design

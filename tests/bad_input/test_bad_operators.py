@@ -28,6 +28,10 @@ CALLS = {
         dict.fromkeys(("query", "key", "value"), GOOD.int()),
         "query has dtype torch.int32: a floating-point dtype",
     ),
+    "query-8-bits": (
+        dict.fromkeys(("query", "key", "value"), GOOD.to(torch.float8_e4m3fn)),
+        "query has dtype torch.float8_e4m3fn: a floating-point dtype of at least 16 bits",
+    ),
     "key-shape": (dict(key=zeros(2, 9, 11, 3, 8)), "key has shape (2, 9, 11, 3, 8)", "(2, 9, 12,"),
     "key-axes": (dict(key=zeros(2, 108, 3, 8)), "key has shape (2, 108, 3, 8)", "shape of query"),
     "value-channels": (dict(value=zeros(2, 9, 12, 3, 9)), "value has shape (2, 9, 12, 3, 9)"),

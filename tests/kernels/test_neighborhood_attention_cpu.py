@@ -278,6 +278,14 @@ def test_memory_of_a_long_sequence_grows_with_its_length(dilation):
     assert large[0] < 2 and large[1] < 4.5
 
 
+def test_what_is_kept_of_a_grid_is_small_whatever_the_kernel():
+    case = Case((60, 64), (31, 31), has_bias=True, heads=1)
+    run_case(case, make_inputs(case, torch.float32), "cpu")
+    for tiles in (*forward_plan_of(case), *backward_plan_of(case)):
+        kept = [value for value in vars(tiles).values() if isinstance(value, torch.Tensor)]
+        assert sum(tensor.nbytes for tensor in kept) <= 2**20
+
+
 class TestMasksThatAreKept:
     case = Case((14, 14), (7, 7), has_bias=True, heads=2, head_dim=8)
 

@@ -10,6 +10,7 @@ import torch
 from neighborhood_cases import TENSORS, Case, make_inputs, run_case
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.func import grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -309,6 +310,20 @@ def test_torch_func_differentiates_the_reference_alone():
     torch.testing.assert_close(tangent, difference / (2 * step), rtol=1e-6, atol=1e-8)
     with pytest.raises(ValueError, match="backend='cpu' cannot run .*torch.func"):
         grad(lambda query: attend(query, "cpu").sum())(inputs["query"])
+
+
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_forward_mode_derivatives_are_not_lost_outside_of_torch_func(no_grad):
+    inputs = make_inputs(Case((6, 7), (3, 5)))
+    query, key, value = (inputs[name] for name in TENSORS[:3])
+    direction = inputs["grad_out"]
+    with torch.set_grad_enabled(not no_grad), forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, direction)
+        tangent = forward_ad.unpack_dual(neighborhood_attention(dual, key, value, (3, 5))).tangent
+        with pytest.raises(ValueError, match="backend='cpu' cannot run .*forward mode"):
+            neighborhood_attention(dual, key, value, (3, 5), backend="cpu")
+    expected = jvp(lambda q: neighborhood_attention(q, key, value, (3, 5)), (query,), (direction,))
+    torch.testing.assert_close(tangent, expected[1])
 
 
 def test_second_derivatives_are_refused_where_there_are_none():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracles import relative_error
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from densezoo.layers import mlp
@@ -51,6 +52,21 @@ def test_the_mlp_equals_its_formula_however_many_pieces_it_is_computed_in(monkey
         with torch.no_grad():
             assert relative_error(layer(x), expected) < 1e-6
         assert len(pieces) == count
+
+
+@pytest.mark.parametrize("width", [0, 23, 48])
+def test_an_input_of_another_width_is_refused_as_by_pytorchs_layer(width):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Linear(24, 40)(noise(2, 5, width))
+
+
+def test_forward_mode_derivatives_are_not_lost_in_inference():
+    torch.manual_seed(0)
+    layer, x = Linear(24, 40), noise(5, 24)
+    with torch.no_grad(), forward_ad.dual_level():
+        out = layer(forward_ad.make_dual(x, torch.ones_like(x)))
+        tangent = forward_ad.unpack_dual(out).tangent
+    torch.testing.assert_close(tangent, layer.weight.sum(1).expand(5, 40))
 
 
 def test_hidden_sizes_below_one_are_named():
