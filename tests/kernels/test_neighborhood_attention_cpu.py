@@ -18,7 +18,7 @@ from oracles import PeakMemory
 
 from densezoo.kernels import neighborhood_attention
 from densezoo.kernels.neighborhood_attention import cpu, cpu_plan, cpu_tiles
-from densezoo.kernels.neighborhood_attention.cpu_tiles import Bands, Tiles
+from densezoo.kernels.neighborhood_attention.cpu_tiles import Bands, Chunk, Tiles
 from densezoo.kernels.neighborhood_attention.windows import Neighborhood
 
 # Shapes of published models: 7x7 and 14x14 maps, dilation that fills the grid, dilation that does
@@ -135,6 +135,27 @@ def test_every_layout_and_cut_gives_the_same(force, kind, layout, tile, one_by_o
     assert_equal_but_for_rounding(
         run_case(case, inputs, "cpu"), run_case(case, inputs, "reference")
     )
+
+
+@pytest.mark.parametrize("kind", ["bias", "dilated", "strided", "1-D"])
+def test_tiles_of_keys_that_threads_may_add_to_at_once_do_not_overlap(force, monkeypatch, kind):
+    force(tile=3)
+    number = 0
+    view = Chunk.view
+
+    def checked_view(chunk, tensor, **arguments):
+        nonlocal number
+        part = view(chunk, tensor, **arguments)
+        if arguments.get("is_key") and "extent" in arguments:  # sums of gradients
+            places = torch.arange(tensor.untyped_storage().nbytes() // tensor.element_size())
+            places = places.as_strided(part.shape, part.stride(), part.storage_offset())
+            assert places.unique().numel() == places.numel()
+            number += 1
+        return part
+
+    monkeypatch.setattr(Chunk, "view", checked_view)
+    run_case(KINDS[kind], make_inputs(KINDS[kind]), "cpu")
+    assert number > 0
 
 
 def test_published_shapes_take_both_layouts():
