@@ -20,6 +20,14 @@ def test_the_timm_lines_run(capsys):
     assert capsys.readouterr().out.splitlines()[0] == "torch.Size([1, 48, 120, 160])"
 
 
+def test_the_lines_on_neighborhood_attention_run(capsys):
+    (block,) = [b for b in BLOCKS if "which_backend" in b]
+    variables = {}
+    exec(block, variables)
+    assert "backend='cpu'" in capsys.readouterr().out
+    assert variables["out"].shape == (1, 56, 56, 2, 32) and variables["lse"].shape == (1, 56, 56, 2)
+
+
 @pytest.mark.parametrize("scope, base", [("mmdet", "mask_rcnn"), ("mmseg", "sem_fpn")])
 def test_the_config_lines_build_a_model_that_runs(scope, base, tmp_path):
     (block,) = [b for b in BLOCKS if f"../{base}/" in b]
