@@ -11,6 +11,4 @@ ALIASES: dict[str, str] = {
     "rcvit_s": "cas_vit_s",
     "rcvit_m": "cas_vit_m",
     "rcvit_t": "cas_vit_t",
-    # github.com/SHI-Labs/Neighborhood-Attention-Transformer: of the pre-training on ImageNet-22k
-    "dinat_large_21k": "dinat_large",
 }

@@ -283,8 +283,8 @@ class HierarchicalBackbone(nn.Module):
     # Norm of the official dense backbone's outputs ("batch_norm", "layer_norm"), None without.
     dense_norm: str | None = None
 
-    # What cannot be exported and why: "onnx" or "torch_export" -> the reason, one line. The
-    # docstring of a family that lists one says the same.
+    # What cannot be exported and why: "onnx", "torch_export" or "dynamic" (height and width left
+    # open) -> the reason, one line. The docstring of a family that lists one says the same.
     unsupported_exports: Mapping[str, str] = {}
 
     def __init__(

@@ -94,9 +94,11 @@ def fitting_dilations(
         A dilation a block, by stage.
 
     Raises:
-        ValueError: a size is no whole number of at least 1.
+        ValueError: a size is no whole number of at least 1, or there are not two sides.
     """
-    sides = (image_size,) if is_whole_number(image_size) else tuple(image_size)
+    sides = (image_size, image_size) if is_whole_number(image_size) else image_size
+    if not isinstance(sides, Sequence) or isinstance(sides, str) or len(sides) != 2:
+        raise ValueError(f"image_size is {image_size!r}: height and width, or one for both, pixels")
     for side in sides:
         check_whole_number("a side of image_size", side, 1)
     check_whole_number("kernel_size", kernel_size, 1)
@@ -131,7 +133,7 @@ def resolve_dilations(
     Raises:
         ValueError: none of these, or not one for each block.
     """
-    if is_whole_number(dilations):
+    if is_whole_number(dilations) and dilations > 0:
         dilations = [[dilations] * depth for depth in depths]
     if isinstance(dilations, str):
         fit = re.fullmatch(r"fit:(\d+)x(\d+)", dilations)
@@ -140,7 +142,8 @@ def resolve_dilations(
             return fitting_dilations(size, depths, kernel_size, strides=strides)
         if dilations in presets:
             return _repeat(presets[dilations], depths)
-    is_nested = isinstance(dilations, Sequence) and all(
+    is_list = isinstance(dilations, Sequence) and not isinstance(dilations, str)
+    is_nested = is_list and all(
         isinstance(stage, Sequence) and all(is_whole_number(d) and d > 0 for d in stage)
         for stage in dilations
     )
@@ -429,7 +432,7 @@ def weights_of(
     """The file that the authors link for a variant, others of its shapes, and their results.
 
     GMACs are what the authors call FLOPs, without LayerNorm; that of DiNAT-Large is 30.5 by our
-    count. The authors cut its 200.9 M parameters to 200.
+    count. The authors give its 200.9 M parameters (201.1 with kernel 11) as 200.
     """
     paper_name, paper_ids = _NAT_PAPER if file.startswith("nat/") else _DINAT_PAPER
     files = tuple(f"{_FILES}/{name}.pth" for name in (file, *more))
@@ -459,13 +462,13 @@ WEIGHTS = {
     "dinat_small": weights_of(f"{_1K}/dinat_small_in1k_224", 51, 7.8, 83.8),
     "dinat_base": weights_of(f"{_1K}/dinat_base_in1k_224", 90, 13.7, 84.4),
     "dinat_large": weights_of(
-        f"{_1K}/dinat_large_in22k_in1k_224", 201, 30.6, 86.6, f"{_22K}/dinat_large_in22k_224"
+        f"{_1K}/dinat_large_in22k_in1k_224", 200, 30.6, 86.6, f"{_22K}/dinat_large_in22k_224"
     ),
     "dinat_large_384": weights_of(
-        f"{_1K}/dinat_large_in22k_in1k_384", 201, 89.7, 87.4, **_AT_384
+        f"{_1K}/dinat_large_in22k_in1k_384", 200, 89.7, 87.4, **_AT_384
     ),
     "dinat_large_384_11x11": weights_of(
-        f"{_1K}/dinat_large_in22k_in1k_384_11x11", 201, 92.4, 87.5,
+        f"{_1K}/dinat_large_in22k_in1k_384_11x11", 200, 92.4, 87.5,
         f"{_22K}/dinat_large_in22k_224_11x11interp", **_AT_384,
     ),
 }  # fmt: skip

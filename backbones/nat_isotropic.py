@@ -103,9 +103,7 @@ class ViTRPB(IsotropicNAT):
         others: those of `NAT` but for `kernel_size` and `dilations`.
     """
 
-    unsupported_exports = {
-        name: "Height and width are fixed, also in exports." for name in ("torch_export", "onnx")
-    }
+    unsupported_exports = {"dynamic": "Height and width are fixed, also in exports."}
 
     def __init__(
         self,

@@ -416,14 +416,16 @@ def _explained(model: nn.Module, export_format: str) -> Iterator[None]:
         raise ExportError(f"{name} cannot be exported ({export_format}): {reason}") from error
 
 
-def reason_against(model: nn.Module, export_format: str) -> str | None:
+def reason_against(model: nn.Module, export_format: str, *, dynamic: bool = True) -> str | None:
     """Tell why a model's family cannot be exported ("onnx" or "torch_export"); None if it can.
 
     ONNX files are made of torch.export programs, so what stands against these stands against both.
+    Families of one image size are exported at that one, but not with `dynamic`.
     """
     backbone = next((m for m in model.modules() if isinstance(m, HierarchicalBackbone)), None)
     reasons = {} if backbone is None else backbone.unsupported_exports
-    return reasons.get(export_format, reasons.get("torch_export"))
+    against_any = reasons.get("dynamic") if dynamic else None
+    return reasons.get(export_format, reasons.get("torch_export", against_any))
 
 
 def check_shape(

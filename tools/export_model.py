@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     is_fused = find_backbone(name) is not None if args.fuse is None else args.fuse
     if is_fused:
         model.fuse()
-    reason = reason_against(model, export_format)
+    reason = reason_against(model, export_format, dynamic=args.dynamic)
     if reason is not None:
         raise ExportError(f"{name} cannot be exported ({export_format}): {reason}")
     check_shape(model, size, args.batch, args.dynamic)
@@ -148,6 +149,8 @@ def run(args: argparse.Namespace) -> None:
     print(_describe_shapes(model, size, args.batch, args.dynamic, export_format))
     print(format_comparisons(comparisons, export_format))
     files = [file for file in (path, path.with_name(f"{path.name}.data")) if file.exists()]
+    if export_format == "torch_export" and _has_own_operators(path):
+        print("the program calls operators of densezoo: import densezoo before torch.export.load")
     print(", ".join(f"{file}: {file.stat().st_size / 2**20:.1f} MiB" for file in files))
 
 
@@ -287,6 +290,13 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def _has_own_operators(path: Path) -> bool:
+    """Whether a program of torch.export calls what is registered when densezoo is imported."""
+    with zipfile.ZipFile(path) as archive:
+        graphs = [name for name in archive.namelist() if name.endswith(".json")]
+        return any(b"torch.ops.densezoo." in archive.read(name) for name in graphs)
 
 
 def _describe_shapes(

@@ -15,12 +15,13 @@ from .windows import Neighborhood
 
 # Nanoseconds, fitted to tiles of 2x2 to 8x8 queries and head_dim 32 on one core of an AMD EPYC
 # (AVX-512) that shared its caches. Only their ratios matter.
-CALL_COST = 39_000.0  # the operators of a class of tiles
-BLOCK_COST = 1_200.0  # up to 32 queries of one head of a tile
+CALL_COST = 22_000.0  # the operators of a class of tiles
+BLOCK_COST = 1_000.0  # up to 32 queries of one head of a tile
 LOGIT_COST = 0.8  # one logit
 CHANNEL_COST = 0.068  # one channel of one logit
+ROW_STEP = 8  # queries that products in flash attention are rounded up to
 TILES_COPY_COST = 0.33  # one channel of a token that `Tiles` copy
-BANDS_COPY_COST = 0.19  # one channel of a token that `Bands` copy
+BANDS_COPY_COST = 0.094  # one channel of a token that `Bands` copy
 # Queries of a tile along an axis that are tried, beside a whole group.
 TILE_SIZES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
 
@@ -35,7 +36,7 @@ def forward_plan(
     has_extra: bool,
 ) -> tuple[Tiles, ...] | tuple[Bands, ...]:
     """Cut a grid for the forward pass; bands have no place for extra keys."""
-    tiles_cost, tiles = _best_tiles(grid, neighborhood, batch * num_heads, head_dim)
+    tiles_cost, tiles = _best_tiles(grid, neighborhood, batch * num_heads, head_dim, ROW_STEP)
     if has_extra or max(neighborhood.dilation) > 1:
         return tiles
     bands_cost, rows, row = min(
@@ -57,16 +58,20 @@ def backward_plan(
     grid: tuple[int, int], neighborhood: Neighborhood, batch: int, num_heads: int, head_dim: int
 ) -> tuple[Tiles, ...]:
     """Cut a grid for the backward pass."""
-    return _best_tiles(grid, neighborhood, batch * num_heads, head_dim)[1]
+    return _best_tiles(grid, neighborhood, batch * num_heads, head_dim, 1)[1]
 
 
 def _best_tiles(
-    grid: tuple[int, int], neighborhood: Neighborhood, num_heads: int, head_dim: int
+    grid: tuple[int, int],
+    neighborhood: Neighborhood,
+    num_heads: int,
+    head_dim: int,
+    row_step: int,
 ) -> tuple[float, tuple[Tiles, ...]]:
     """The least estimated cost of `Tiles`, and those; heads are those of the whole batch."""
     cost, *axes = min(
         (
-            (_tiles_cost(y, x, num_heads, head_dim), y, x)
+            (_tiles_cost(y, x, num_heads, head_dim, row_step), y, x)
             for y, x in product(*(_rows(grid[axis], neighborhood, axis) for axis in (0, 1)))
         ),
         key=lambda choice: choice[0],
@@ -119,20 +124,26 @@ def _columns(length: int, neighborhood: Neighborhood) -> list[Columns]:
     return [columns(length, *settings, tile) for tile in _tile_sizes(length, 1)]
 
 
-def _tile_cost(queries: int, keys: int, head_dim: int) -> float:
+def _tile_cost(queries: int, keys: int, head_dim: int, row_step: int) -> float:
     """Estimated time of one head of a tile, nanoseconds."""
-    return BLOCK_COST * ceil(queries / 32) + queries * keys * (LOGIT_COST + CHANNEL_COST * head_dim)
+    rows = ceil(queries / row_step) * row_step
+    products = rows * keys * CHANNEL_COST * head_dim
+    return BLOCK_COST * ceil(queries / 32) + queries * keys * LOGIT_COST + products
 
 
 def _tiles_cost(
-    y: tuple[AxisTiles, ...], x: tuple[AxisTiles, ...], num_heads: int, head_dim: int
+    y: tuple[AxisTiles, ...],
+    x: tuple[AxisTiles, ...],
+    num_heads: int,
+    head_dim: int,
+    row_step: int,
 ) -> float:
     """Estimated time of `Tiles`, nanoseconds."""
     cost = 0.0
     for a, b in product(y, x):
         queries, keys = a.num_queries * b.num_queries, a.num_keys * b.num_keys
         copies = (queries + keys) * 2 * head_dim
-        tile = _tile_cost(queries, keys, head_dim) + copies * TILES_COPY_COST
+        tile = _tile_cost(queries, keys, head_dim, row_step) + copies * TILES_COPY_COST
         num_tiles = a.num_groups * a.num_tiles * b.num_groups * b.num_tiles
         cost += CALL_COST + num_heads * num_tiles * tile
     return cost
@@ -143,7 +154,8 @@ def _bands_cost(y: tuple[AxisTiles, ...], x: Columns, num_heads: int, head_dim: 
     cost = 0.0
     is_copied = len(x.keys) > 1
     for a in y:
-        tile = _tile_cost(a.num_queries * x.num_queries, a.num_keys * x.num_keys, head_dim)
+        queries, keys = a.num_queries * x.num_queries, a.num_keys * x.num_keys
+        tile = _tile_cost(queries, keys, head_dim, ROW_STEP)
         num_rows = a.num_tiles * a.num_queries
         copies = num_rows * x.num_queries + (num_rows + a.num_keys) * x.num_keys
         copies *= 2 * head_dim

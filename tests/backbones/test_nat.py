@@ -1,6 +1,7 @@
 """What NAT, DiNAT and DiNAT_s alone have: dilations, kernel sizes, initialisation, layouts."""
 
 import logging
+import re
 
 import pytest
 import timm
@@ -100,12 +101,19 @@ def test_fitting_dilations_are_the_largest_that_fit_the_shorter_side():
 
 @pytest.mark.parametrize(
     "dilations",
-    ["cityscapes", "fit:640", "fit:0x0", 0, -1, 1.5, True, [1, 2, 1, 2], [[1, 0, 1]]],
+    ["cityscapes", "fit:640", "fit:0x0", "", 0, -1, 1.5, True, [1, 2, 1, 2], [[1, 0, 1]]],
     ids=str,
 )
 def test_bad_dilations_are_named(dilations):
-    with pytest.raises(ValueError, match="dilations is|image_size is 0"):
+    named = re.escape(f"dilations is {dilations!r}: a whole number")
+    with pytest.raises(ValueError, match=f"{named}|image_size is 0"):
         timm.create_model("dinat_mini", device="meta", dilations=dilations)
+
+
+@pytest.mark.parametrize("size", [None, 224.5, "224", (), (224,), (1, 2, 3), (224, 0)], ids=str)
+def test_bad_image_sizes_to_fit_are_named(size):
+    with pytest.raises(ValueError, match="image_size is"):
+        fitting_dilations(size, MINI)
 
 
 def test_dilations_for_another_number_of_blocks_are_named():

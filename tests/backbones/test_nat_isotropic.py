@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from densezoo.backbones.registry import BACKBONES
 from densezoo.tools import export_files
+from densezoo.tools.cli import main
 from densezoo.tools.count_macs import count_macs
 
 NAMES = [
@@ -205,6 +206,15 @@ def test_it_is_exported_at_any_size_or_at_its_own(name, export_format, tmp_path)
     if not is_dynamic:
         with pytest.raises(export_files.ExportError, match="Height and width are fixed"):
             export(model, tmp_path / "other", dynamic=True)
+
+
+def test_the_command_exports_vitrpb_at_the_size_asked_for_alone(tmp_path, capsys):
+    path = tmp_path / "vitrpb.pt2"
+    words = ["export", "vitrpb_small", str(path), "--size", "32", "48"]
+    assert main([*words, "--dynamic"]) == 1
+    assert "Height and width are fixed" in capsys.readouterr().err and not path.exists()
+    assert main(words) == 0
+    assert export_files.load_program(path)(torch.zeros(1, 3, 32, 48)).shape == (1, 1000)
 
 
 def test_vitrpb_names_images_of_another_size():

@@ -57,6 +57,11 @@ assert new == {*densezoo.list_backbones(), *densezoo.backbones.aliases.ALIASES},
     assert run.stdout == run.stderr == ""
 
 
+def test_names_of_the_22k_models_do_not_stand_for_weights_of_1k():
+    assert "in1k" in BACKBONES["dinat_large"].weights.url
+    assert not timm.list_models("dinat*21k*")
+
+
 @pytest.mark.parametrize("alias, name", ALIASES.items(), ids=str)
 def test_official_names_are_the_same_models(alias, name):
     assert alias in timm.list_models() and alias not in densezoo.list_backbones()

@@ -466,6 +466,7 @@ def test_options_change_values_of_every_kind():
         ("=1", "KEY=VALUE"),
         ("train_dataloder.batch_size=4", "did you mean train_dataloader"),
         ("param_scheduler.7.end=4", "param_scheduler.7.end"),
+        ("model=dict(depths=(1,2))", r"model=dict\(depths=\(1,2\)\) .* a dict's keys as a\.b=1"),
     ],
 )
 def test_malformed_options_are_refused(option, message):

@@ -175,6 +175,21 @@ def test_stage_maps_are_exported_in_the_order_asked_for(tmp_path, capsys):
     assert export_files.smallest_size(features) == 17
 
 
+def test_programs_that_need_densezoo_say_so(tmp_path, capsys):
+    words = ["--features-only", "--out-indices", "0", "--size", "64", "64"]
+    note = "import densezoo before torch.export.load"
+    for name, is_needed in (("nat_mini", True), ("cas_vit_xs", False)):
+        path = tmp_path / f"{name}.pt2"
+        assert main(["export", name, str(path), *words]) == 0
+        assert (note in capsys.readouterr().out) == is_needed
+        load = f"import torch; torch.export.load({str(path)!r})"
+        alone = subprocess.run([sys.executable, "-c", load], capture_output=True)
+        assert (alone.returncode != 0) == is_needed
+    script = f"import densezoo, torch; print(torch.export.load({str(tmp_path / 'nat_mini.pt2')!r}))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0 and "densezoo.neighborhood_attention" in run.stdout, run.stderr
+
+
 def test_models_of_timm_are_exported_too(tmp_path, capsys):
     path = tmp_path / "mobilenet.pt2"
     assert (

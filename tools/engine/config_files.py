@@ -153,8 +153,19 @@ def apply_options(cfg: Config, cfg_options: Sequence[str]) -> None:
     parser.add_argument("--cfg-options", nargs="+", action=DictAction)
     try:
         cfg.merge_from_dict(parser.parse_args(["--cfg-options", *cfg_options]).cfg_options)
-    except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        ValueError,
+        RecursionError,
+    ) as error:
         reason = str(error.args[0] if error.args else error).partition(" [{")[0]
+        if isinstance(error, RecursionError):  # what DictAction makes of a call with a comma
+            reason = (
+                "a value is a word, a number, or a list in brackets; name a dict's keys as a.b=1"
+            )
         raise ValueError(
             f"--cfg-options {' '.join(cfg_options)} does not fit the config: {reason}"
         ) from error
