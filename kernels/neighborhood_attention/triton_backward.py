@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .triton_forward import (
+    _find_own_tile,
     _find_tile,
     _group_size,
     _load_tokens,
@@ -26,6 +27,8 @@ from .triton_forward import (
     _num_tiles,
     _offset,
     _queries_of_tile,
+    _score_block,
+    _score_extra_block,
     _store_tokens,
     _windows_of_tile,
 )
@@ -86,17 +89,11 @@ def _backward_query_kernel(
     BLOCK: tl.constexpr,
 ):
     """Compute the gradient of a tile of queries, and dlse - <dO, O> of each, (B, H, W, heads)."""
-    num_tiles = _num_tiles(height, width, dilation_h, dilation_w, TILE_H, TILE_W)
-    program = tl.program_id(0)
-    group_h, group_w, first_h, first_w = _find_tile(
-        program % num_tiles, height, width, dilation_h, dilation_w, TILE_H, TILE_W
+    batch, head, group_h, group_w, first_h, first_w, size_h, size_w = _find_own_tile(
+        num_heads, height, width, dilation_h, dilation_w, TILE_H, TILE_W
     )
-    size_h = _group_size(height, dilation_h, group_h)
-    size_w = _group_size(width, dilation_w, group_w)
     if (first_h >= size_h) | (first_w >= size_w):
         return
-    head = (program // num_tiles % num_heads).to(tl.int64)
-    batch = (program // num_tiles // num_heads).to(tl.int64)
     grad_out_ptr += batch * grad_out_stride_b + head * grad_out_stride_n
     query_ptr += batch * query_stride_b + head * query_stride_n
     key_ptr += batch * key_stride_b + head * key_stride_n
@@ -121,29 +118,42 @@ def _backward_query_kernel(
     begin_h, span_h = _windows_of_tile(first_h, size_h, TILE_H, KERNEL_H, STRIDE_H, CAUSAL_H)
     begin_w, span_w = _windows_of_tile(first_w, size_w, TILE_W, KERNEL_W, STRIDE_W, CAUSAL_W)
     for first_key in range(0, span_h * span_w, BLOCK):
-        key_h, key_w, is_key = _members_of_block(first_key, begin_h, begin_w, span_h, span_w, BLOCK)
-        row_k = group_h + dilation_h * key_h
-        column_k = group_w + dilation_w * key_w
-        k_offset = _offset(row_k, column_k, key_stride_h, key_stride_w)
-        k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
-        v_offset = _offset(row_k, column_k, value_stride_h, value_stride_w)
-        v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
-        logits = _mask_logits(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale,
+        k, v, logits = _score_block(
+            q,
+            query_h,
+            query_w,
+            first_key,
+            begin_h,
+            begin_w,
+            span_h,
+            span_w,
+            key_ptr,
+            value_ptr,
             bias_ptr,
             head,
-            query_h[:, None],
-            query_w[:, None],
-            tl.where(is_key, key_h, -1)[None, :],
-            key_w[None, :],
+            key_stride_h,
+            key_stride_w,
+            key_stride_d,
+            value_stride_h,
+            value_stride_w,
+            value_stride_d,
+            scale,
+            group_h,
+            group_w,
             size_h,
             size_w,
+            dilation_h,
+            dilation_w,
+            HEAD_DIM,
             KERNEL_H,
             KERNEL_W,
             STRIDE_H,
             STRIDE_W,
             CAUSAL_H,
             CAUSAL_W,
+            PRECISION,
+            BLOCK_D,
+            BLOCK,
         )
         grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         grad_logits = tl.exp(logits - lse[:, None]) * (grad_weights + shared[:, None])
@@ -151,14 +161,19 @@ def _backward_query_kernel(
     if extra_key_ptr is not None:
         extra_base = (batch * num_extra * num_heads + head) * HEAD_DIM
         for first_key in range(0, num_extra, BLOCK):
-            number = first_key + tl.arange(0, BLOCK)
-            is_key = number < num_extra
-            number = tl.minimum(number, num_extra - 1)
-            offset = extra_base + number * (num_heads * HEAD_DIM)
-            k = _load_tokens(extra_key_ptr, offset, 1, HEAD_DIM, BLOCK_D)
-            v = _load_tokens(extra_value_ptr, offset, 1, HEAD_DIM, BLOCK_D)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            logits = tl.where(is_key[None, :], logits, float("-inf"))
+            k, v, logits = _score_extra_block(
+                q,
+                first_key,
+                num_extra,
+                extra_key_ptr + extra_base,
+                extra_value_ptr + extra_base,
+                num_heads * HEAD_DIM,
+                scale,
+                HEAD_DIM,
+                PRECISION,
+                BLOCK_D,
+                BLOCK,
+            )
             grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             grad_logits = tl.exp(logits - lse[:, None]) * (grad_weights + shared[:, None])
             grad_query += tl.dot(grad_logits.to(k.dtype), k, input_precision=PRECISION)
@@ -217,17 +232,11 @@ def _backward_key_kernel(
     BLOCK: tl.constexpr,
 ):
     """Compute the gradients of a tile of keys and their values; logits are (keys, queries)."""
-    num_tiles = _num_tiles(height, width, dilation_h, dilation_w, TILE_H, TILE_W)
-    program = tl.program_id(0)
-    group_h, group_w, first_h, first_w = _find_tile(
-        program % num_tiles, height, width, dilation_h, dilation_w, TILE_H, TILE_W
+    batch, head, group_h, group_w, first_h, first_w, size_h, size_w = _find_own_tile(
+        num_heads, height, width, dilation_h, dilation_w, TILE_H, TILE_W
     )
-    size_h = _group_size(height, dilation_h, group_h)
-    size_w = _group_size(width, dilation_w, group_w)
     if (first_h >= size_h) | (first_w >= size_w):
         return
-    head = (program // num_tiles % num_heads).to(tl.int64)
-    batch = (program // num_tiles // num_heads).to(tl.int64)
     grad_out_ptr += batch * grad_out_stride_b + head * grad_out_stride_n
     query_ptr += batch * query_stride_b + head * query_stride_n
     key_ptr += batch * key_stride_b + head * key_stride_n

@@ -107,6 +107,23 @@ def _num_tiles(height, width, dilation_h, dilation_w, TILE_H: tl.constexpr, TILE
 
 
 @triton.jit
+def _find_own_tile(
+    num_heads, height, width, dilation_h, dilation_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr
+):
+    """Image, head, group, first members and group sizes of the tile that this program owns."""
+    num_tiles = _num_tiles(height, width, dilation_h, dilation_w, TILE_H, TILE_W)
+    program = tl.program_id(0)
+    group_h, group_w, first_h, first_w = _find_tile(
+        program % num_tiles, height, width, dilation_h, dilation_w, TILE_H, TILE_W
+    )
+    size_h = _group_size(height, dilation_h, group_h)
+    size_w = _group_size(width, dilation_w, group_w)
+    head = (program // num_tiles % num_heads).to(tl.int64)
+    batch = (program // num_tiles // num_heads).to(tl.int64)
+    return batch, head, group_h, group_w, first_h, first_w, size_h, size_w
+
+
+@triton.jit
 def _members_of_tile(first_h, first_w, size_h, size_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     """Members of a group in a tile, and which exist: the last stands for those behind the end."""
     number = tl.arange(0, TILE_H * TILE_W)
@@ -195,6 +212,99 @@ def _mask_logits(
 
 
 @triton.jit
+def _score_block(
+    q,
+    query_h,
+    query_w,
+    first_key,
+    begin_h,
+    begin_w,
+    span_h,
+    span_w,
+    key_ptr,
+    value_ptr,
+    bias_ptr,
+    head,
+    key_stride_h,
+    key_stride_w,
+    key_stride_d,
+    value_stride_h,
+    value_stride_w,
+    value_stride_d,
+    scale,
+    group_h,
+    group_w,
+    size_h,
+    size_w,
+    dilation_h,
+    dilation_w,
+    HEAD_DIM: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    CAUSAL_H: tl.constexpr,
+    CAUSAL_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Load keys first_key .. first_key + BLOCK - 1 of a rectangle and their values, and score them.
+
+    Returns keys (BLOCK, BLOCK_D), values likewise, and logits (queries, BLOCK).
+    """
+    key_h, key_w, is_key = _members_of_block(first_key, begin_h, begin_w, span_h, span_w, BLOCK)
+    row = group_h + dilation_h * key_h
+    column = group_w + dilation_w * key_w
+    k_offset = _offset(row, column, key_stride_h, key_stride_w)
+    k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
+    v_offset = _offset(row, column, value_stride_h, value_stride_w)
+    v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
+    logits = _mask_logits(
+        tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale,
+        bias_ptr,
+        head,
+        query_h[:, None],
+        query_w[:, None],
+        tl.where(is_key, key_h, -1)[None, :],
+        key_w[None, :],
+        size_h,
+        size_w,
+        KERNEL_H,
+        KERNEL_W,
+        STRIDE_H,
+        STRIDE_W,
+        CAUSAL_H,
+        CAUSAL_W,
+    )
+    return k, v, logits
+
+
+@triton.jit
+def _score_extra_block(
+    q,
+    first_key,
+    num_extra,
+    key_ptr,
+    value_ptr,
+    stride,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same for a block of extra keys, ``stride`` elements from one to the next."""
+    number = first_key + tl.arange(0, BLOCK)
+    is_key = number < num_extra
+    offset = tl.minimum(number, num_extra - 1) * stride
+    k = _load_tokens(key_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+    v = _load_tokens(value_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    return k, v, tl.where(is_key[None, :], logits, float("-inf"))
+
+
+@triton.jit
 def _accumulate(highest, total, out, logits, v, PRECISION: tl.constexpr):
     """Take a block of keys into the online softmax: row maxima, denominators, weighted values."""
     new_highest = tl.maximum(highest, tl.max(logits, 1))
@@ -252,17 +362,11 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
 ):
     """Attend: a program owns a tile of queries of one image and head."""
-    num_tiles = _num_tiles(height, width, dilation_h, dilation_w, TILE_H, TILE_W)
-    program = tl.program_id(0)
-    group_h, group_w, first_h, first_w = _find_tile(
-        program % num_tiles, height, width, dilation_h, dilation_w, TILE_H, TILE_W
+    batch, head, group_h, group_w, first_h, first_w, size_h, size_w = _find_own_tile(
+        num_heads, height, width, dilation_h, dilation_w, TILE_H, TILE_W
     )
-    size_h = _group_size(height, dilation_h, group_h)
-    size_w = _group_size(width, dilation_w, group_w)
     if (first_h >= size_h) | (first_w >= size_w):
         return
-    head = (program // num_tiles % num_heads).to(tl.int64)
-    batch = (program // num_tiles // num_heads).to(tl.int64)
     query_ptr += batch * query_stride_b + head * query_stride_n
     key_ptr += batch * key_stride_b + head * key_stride_n
     value_ptr += batch * value_stride_b + head * value_stride_n
@@ -279,42 +383,60 @@ def _forward_kernel(
     begin_h, span_h = _windows_of_tile(first_h, size_h, TILE_H, KERNEL_H, STRIDE_H, CAUSAL_H)
     begin_w, span_w = _windows_of_tile(first_w, size_w, TILE_W, KERNEL_W, STRIDE_W, CAUSAL_W)
     for first_key in range(0, span_h * span_w, BLOCK):
-        key_h, key_w, is_key = _members_of_block(first_key, begin_h, begin_w, span_h, span_w, BLOCK)
-        row_k = group_h + dilation_h * key_h
-        column_k = group_w + dilation_w * key_w
-        k_offset = _offset(row_k, column_k, key_stride_h, key_stride_w)
-        k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
-        v_offset = _offset(row_k, column_k, value_stride_h, value_stride_w)
-        v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
-        logits = _mask_logits(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale,
+        k, v, logits = _score_block(
+            q,
+            query_h,
+            query_w,
+            first_key,
+            begin_h,
+            begin_w,
+            span_h,
+            span_w,
+            key_ptr,
+            value_ptr,
             bias_ptr,
             head,
-            query_h[:, None],
-            query_w[:, None],
-            tl.where(is_key, key_h, -1)[None, :],
-            key_w[None, :],
+            key_stride_h,
+            key_stride_w,
+            key_stride_d,
+            value_stride_h,
+            value_stride_w,
+            value_stride_d,
+            scale,
+            group_h,
+            group_w,
             size_h,
             size_w,
+            dilation_h,
+            dilation_w,
+            HEAD_DIM,
             KERNEL_H,
             KERNEL_W,
             STRIDE_H,
             STRIDE_W,
             CAUSAL_H,
             CAUSAL_W,
+            PRECISION,
+            BLOCK_D,
+            BLOCK,
         )
         highest, total, out = _accumulate(highest, total, out, logits, v, PRECISION)
     if extra_key_ptr is not None:
         extra_base = (batch * num_extra * num_heads + head) * HEAD_DIM
         for first_key in range(0, num_extra, BLOCK):
-            number = first_key + tl.arange(0, BLOCK)
-            is_key = number < num_extra
-            number = tl.minimum(number, num_extra - 1)
-            offset = extra_base + number * (num_heads * HEAD_DIM)
-            k = _load_tokens(extra_key_ptr, offset, 1, HEAD_DIM, BLOCK_D)
-            v = _load_tokens(extra_value_ptr, offset, 1, HEAD_DIM, BLOCK_D)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            logits = tl.where(is_key[None, :], logits, float("-inf"))
+            k, v, logits = _score_extra_block(
+                q,
+                first_key,
+                num_extra,
+                extra_key_ptr + extra_base,
+                extra_value_ptr + extra_base,
+                num_heads * HEAD_DIM,
+                scale,
+                HEAD_DIM,
+                PRECISION,
+                BLOCK_D,
+                BLOCK,
+            )
             highest, total, out = _accumulate(highest, total, out, logits, v, PRECISION)
 
     token = _offset(batch * height + row, column, width * num_heads, num_heads) + head
