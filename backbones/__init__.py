@@ -2,6 +2,9 @@
 
 from .base import HierarchicalBackbone
 from .cas_vit import CASViT
+from .faster_vit import FasterViT
+from .gc_vit import GCViT
+from .maxvit import MaxViT
 from .nat import NAT, DiNATS, fitting_dilations
 from .nat_isotropic import IsotropicNAT, ViTRPB
 from .registry import list_backbones
@@ -9,8 +12,11 @@ from .registry import list_backbones
 __all__ = [
     "CASViT",
     "DiNATS",
+    "FasterViT",
+    "GCViT",
     "HierarchicalBackbone",
     "IsotropicNAT",
+    "MaxViT",
     "NAT",
     "ViTRPB",
     "fitting_dilations",

@@ -11,4 +11,12 @@ ALIASES: dict[str, str] = {
     "rcvit_s": "cas_vit_s",
     "rcvit_m": "cas_vit_m",
     "rcvit_t": "cas_vit_t",
+    # github.com/NVlabs/FasterViT: classifiers of one size, and those of any that is fixed when
+    # they are built; ours are both.
+    **{f"faster_vit_{i}_224": f"faster_vit_{i}" for i in range(7)},
+    **{f"faster_vit_{i}_any_res": f"faster_vit_{i}" for i in range(7)},
+    **{
+        f"faster_vit_4_21k_{size}_any_res": f"faster_vit_4_21k_{size}"
+        for size in (224, 384, 512, 768)
+    },
 }

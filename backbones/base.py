@@ -145,10 +145,17 @@ class Stage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.run_blocks(self.downsample(x))
 
-    def run_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the blocks, each recomputed in the backward pass where that is enabled."""
+    def run_blocks(self, x: torch.Tensor, *shared: torch.Tensor) -> torch.Tensor:
+        """Apply the blocks, each recomputed in the backward pass where that is enabled.
+
+        Args:
+            x: the map that the first block takes.
+            shared: further arguments, the same for every block.
+        """
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return self.blocks(x)
+            for block in self.blocks:
+                x = block(x, *shared)
+            return x
         for block in self.blocks:
             # Compilers replay no side effects, and take no context of ours.
             context = (
@@ -161,7 +168,7 @@ class Stage(nn.Module):
                     )
                 }
             )
-            x = checkpoint(block, x, **context)
+            x = checkpoint(block, x, *shared, **context)
         return x
 
 
@@ -282,6 +289,10 @@ class HierarchicalBackbone(nn.Module):
 
     # Norm of the official dense backbone's outputs ("batch_norm", "layer_norm"), None without.
     dense_norm: str | None = None
+
+    # Constructor arguments of the official dense backbone that differ from the classifier's;
+    # ``features_only=True`` builds with them unless the caller gives others.
+    dense_arguments: Mapping[str, Any] = {}
 
     # What cannot be exported and why: "onnx", "torch_export" or "dynamic" (height and width left
     # open) -> the reason, one line. The docstring of a family that lists one says the same.

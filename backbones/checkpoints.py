@@ -396,8 +396,9 @@ def convert_checkpoint(
         All entries under the model's naming, unexpected ones included, and the report.
 
     Raises:
-        ValueError: less than half of the model's stem and stages is in it, an entry's shape is
-            that of another model, or its norms are folded and the model's are not.
+        ValueError: less than half of the model's stem and stages is in it or nothing of its stem,
+            an entry's shape is that of another model, or its norms are folded and the model's are
+            not.
     """
     state = strip_prefixes(unwrap_nesting(checkpoint))
     own = model.state_dict()
@@ -420,7 +421,9 @@ def convert_checkpoint(
             f"the checkpoint has {folded[0]}, which a model has after fuse() alone: load it into "
             "model.fuse(), or take the checkpoint from before"
         )
-    if 2 * score < len(trunk):
+    # Families may name blocks alike, and no two their stems.
+    has_stem = any(k.startswith("stem.") for k in trunk & mapped.keys())
+    if 2 * score < len(trunk) or not has_stem:
         found = f"{score} of its {len(trunk)} entries" if score else "no entry"
         raise ValueError(
             f"{found} of {type(model).__name__} in the checkpoint, which has keys such as "

@@ -7,7 +7,8 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
@@ -19,6 +20,7 @@ from timm.models import (
     is_model_pretrained,
     list_models,
     list_pretrained,
+    load_state_dict_from_hf,
     model_entrypoint,
     register_model,
 )
@@ -76,17 +78,22 @@ class Weights:
         page: web page that lists the files.
         files: where the page keeps them.
         url: direct link, where there is one that a program can download.
+        hf_hub_id: repository of the file on the Hugging Face hub, which timm reads.
         sha256: SHA-256 of the file, where known.
         license: licence of the weights, an SPDX name in lower case.
         input_size: channels, height and width, pixels.
         fixed_input_size: whether images of that size alone are taken.
+        crop_mode: "center", or "squash" for a resize of both sides to the input size.
         first_conv: name of the convolution that takes the image.
         classifier: names of the linear classifiers.
+        arguments: of the constructor, for the model that the file is of, where they differ from
+            the variant's: its window size, say. A caller's own go before them.
     """
 
     page: str
     files: tuple[str, ...] = ()
     url: str | None = None
+    hf_hub_id: str | None = None
     sha256: str | None = None
     license: str = ""
     paper_name: str = ""
@@ -94,12 +101,14 @@ class Weights:
     input_size: tuple[int, int, int] = (3, 224, 224)
     fixed_input_size: bool = False
     crop_pct: float = 0.875
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     num_classes: int = 1000
     first_conv: str = "stem.conv1"
     classifier: str | tuple[str, ...] = "head.fc"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     published: Published = Published()
 
     def pretrained_cfg(self, stride: int) -> PretrainedCfg:
@@ -108,10 +117,12 @@ class Weights:
         notes += [f"sha256: {self.sha256}"] if self.sha256 else []
         return PretrainedCfg(
             url=self.url,
+            hf_hub_id=self.hf_hub_id,
             source=self.page,
             input_size=self.input_size,
             fixed_input_size=self.fixed_input_size,
             crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
             interpolation=self.interpolation,
             mean=self.mean,
             std=self.std,
@@ -129,13 +140,23 @@ class Weights:
 
 @dataclass(frozen=True)
 class Registered:
-    """A model of the zoo: its class, constructor arguments, weights and key rules."""
+    """A model of the zoo: its class, constructor arguments, weights and key rules.
+
+    Attributes:
+        tags: published weights by tag, the default ones first; the tag is "" where there are no
+            others.
+    """
 
     name: str
     cls: type[HierarchicalBackbone]
     arguments: Mapping[str, Any]
-    weights: Weights
+    tags: Mapping[str, Weights]
     key_rules: Mapping[str, KeyRules]
+
+    @property
+    def weights(self) -> Weights:
+        """The weights that the name without a tag stands for."""
+        return next(iter(self.tags.values()))
 
 
 BACKBONES: dict[str, Registered] = {}
@@ -158,6 +179,14 @@ def find_backbone(name: str) -> Registered | None:
     return BACKBONES.get(ALIASES.get(base, base))
 
 
+def find_weights(name: str) -> Weights | None:
+    """Find the weights that a name or an alias, with a tag or without, stands for; None if none."""
+    registered, tag = find_backbone(name), name.partition(".")[2]
+    if registered is None:
+        return None
+    return registered.tags.get(tag) if tag else registered.weights
+
+
 def check_model_name(name: str) -> None:
     """Raise a ValueError that suggests near names unless timm knows the model `name`."""
     if not isinstance(name, str):
@@ -168,8 +197,10 @@ def check_model_name(name: str) -> None:
         return  # of a hub
     base, _, tag = name.partition(".")
     if is_model(base):
-        if tag and not is_model_pretrained(name):
+        registered = find_backbone(base)
+        if tag and not (is_model_pretrained(name) or find_weights(name)):
             tags = [known.partition(".")[2] for known in list_pretrained(f"{base}.*")]
+            tags = [known for known in registered.tags if known] if registered else tags
             known = f", and there are {', '.join(tags)}" if tags else ""
             raise ValueError(f"unknown weights tag in {name!r}: {base!r} alone is enough{known}")
         return
@@ -183,10 +214,12 @@ def register_backbones(
     module_name: str,
     cls: type[HierarchicalBackbone],
     variants: Mapping[str, Mapping[str, Any]],
-    weights: Mapping[str, Weights],
+    weights: Mapping[str, Weights | Mapping[str, Weights]],
     key_rules: Mapping[str, KeyRules],
 ) -> None:
     """Register a family's variants in timm, and the official names that `ALIASES` has for them.
+
+    Weights of several tags are timm's "name.tag", the first one's also the name's alone.
 
     A name that timm, or another package, has already is left to it. Registering once more, as a
     module that is loaded anew does, replaces what the module registered before.
@@ -195,13 +228,20 @@ def register_backbones(
         module_name: `__name__` of the family's module, which gets an entry point a variant.
         cls: the backbone class.
         variants: constructor arguments by name.
-        weights: published weights by name.
+        weights: published weights by name; of several files of one variant by tag within, the
+            default ones first.
         key_rules: (pattern, replacement) pairs by checkpoint dialect.
     """
     module = sys.modules[module_name]
     names = {name: name for name in variants}
     names |= {alias: name for alias, name in ALIASES.items() if name in variants}
-    configs = {a: weights[n].pretrained_cfg(cls.strides[-1]) for a, n in names.items()}
+    tags = {n: w if isinstance(w, Mapping) else {"": w} for n, w in weights.items()}
+    configs = {
+        # The star makes a tag timm's default one.
+        f"{alias}.{tag}{'' if i else '*'}" if tag else alias: w.pretrained_cfg(cls.strides[-1])
+        for alias, name in names.items()
+        for i, (tag, w) in enumerate(tags[name].items())
+    }
     # Beside those of the module's other classes.
     known = getattr(module, "default_cfgs", {})
     module.default_cfgs = {**known, **generate_default_cfgs(configs)}
@@ -210,7 +250,7 @@ def register_backbones(
             _logger.info("timm has a model %s of its own, which is left in place", name)
             BACKBONES.pop(name, None)
             continue
-        BACKBONES[name] = Registered(name, cls, arguments, weights[name], key_rules)
+        BACKBONES[name] = Registered(name, cls, arguments, tags[name], key_rules)
         for alias in (a for a, target in names.items() if target == name):
             if not _is_foreign(alias):
                 entry = _make_entry_point(BACKBONES[name], alias, module_name)
@@ -252,10 +292,13 @@ def _build(registered: Registered, pretrained: bool, **kwargs: Any) -> nn.Module
             "pretrained_cfg_overlay=dict(file=...) beside pretrained=True"
         )
     check_flag("features_only", kwargs.get("features_only", False))
+    weights = _find_tagged(registered, kwargs.get("pretrained_cfg"))
+    registered = replace(registered, arguments={**registered.arguments, **weights.arguments})
     if pretrained:
-        _read_weights(registered, kwargs)
+        _read_weights(registered, weights, kwargs)
     feature_cfg, order = {}, None
     if kwargs.get("features_only", False):
+        kwargs = {**registered.cls.dense_arguments, **kwargs}
         num_stages = len({**registered.arguments, **kwargs}["depths"])
         order = absolute_indices(kwargs.pop("out_indices", None), num_stages)
         feature_cls = kwargs.pop("feature_cls", "getter")
@@ -350,11 +393,25 @@ class _Filter:
         }
 
 
-def _read_weights(registered: Registered, kwargs: dict[str, Any]) -> None:
+def _find_tagged(registered: Registered, cfg: str | Mapping | PretrainedCfg | None) -> Weights:
+    """Find the weights that a tag means, or the tag within a configuration of timm."""
+    if isinstance(cfg, str) and cfg not in registered.tags:
+        known = ", ".join(tag for tag in registered.tags if tag)
+        there_are = f"and there are {known}" if known else "of which there are none"
+        raise ValueError(
+            f"unknown weights tag {cfg!r} of {registered.name}: the name alone is enough, "
+            f"{there_are}"
+        )
+    tag = cfg.get("tag") if isinstance(cfg, Mapping) else getattr(cfg, "tag", cfg)
+    return registered.tags.get(tag, registered.weights)
+
+
+def _read_weights(registered: Registered, weights: Weights, kwargs: dict[str, Any]) -> None:
     """Read a file or URL of weights with the zoo's reader, for timm to take the result.
 
     timm's own reading executes nothing either, but refuses more (an `argparse.Namespace` from a
-    URL, mmengine's histories) and says less. The hub and folders are left to timm.
+    URL, mmengine's histories) and says less. Folders, and files of a hub that a caller names, are
+    left to timm.
     """
     cfg = kwargs.get("pretrained_cfg")
     if not isinstance(cfg, (dict, PretrainedCfg)):
@@ -366,17 +423,38 @@ def _read_weights(registered: Registered, kwargs: dict[str, Any]) -> None:
     if not (cfg.has_weights or cfg.state_dict):
         raise WeightsError(
             f"the weights of {registered.name} have no direct link. Download one of "
-            f"{', '.join(registered.weights.files)} (listed at {registered.weights.page}), then "
+            f"{', '.join(weights.files)} (listed at {weights.page}), then "
             f"pass pretrained=True, pretrained_cfg_overlay=dict(file='DOWNLOADED_FILE')"
         )
     if cfg.state_dict or cfg.source in ("hf-hub", "local-dir"):
         return
-    path = cfg.file
+    path, cache_dir = cfg.file, kwargs.get("cache_dir")
     if not path and cfg.url and not cfg.hf_hub_id:
-        path = download_checkpoint(cfg.url, cache_dir=kwargs.get("cache_dir"))
+        path = download_checkpoint(cfg.url, cache_dir=cache_dir)
     if path:
         state = unwrap_nesting(read_checkpoint(path))
-        kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": state}
+    elif cfg.hf_hub_filename:
+        return
+    else:
+        state = _read_hub(registered.name, cfg.hf_hub_id, cache_dir)
+    kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": state}
+
+
+def _read_hub(name: str, hub_id: str, cache_dir: str | Path | None) -> dict[str, torch.Tensor]:
+    """Read the weights of the model `name` from the Hugging Face hub, or from its cache.
+
+    Raises:
+        OSError: they can't be downloaded.
+    """
+    try:
+        return load_state_dict_from_hf(hub_id, cache_dir=cache_dir)
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(
+            f"the weights of {name}, huggingface.co/{hub_id}, can't be downloaded ({reason}): "
+            "download model.safetensors from there by other means, then pass "
+            "pretrained=True, pretrained_cfg_overlay=dict(file='DOWNLOADED_FILE')"
+        ) from error
 
 
 def create_with_weights(

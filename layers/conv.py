@@ -16,26 +16,36 @@ from torch.nn import functional as F
 from .arguments import check_whole_number
 
 
+def is_plain_inference() -> bool:
+    """Whether operators run as they are called and nothing records or transforms them.
+
+    False under autograd, compilers, exporters, tracing, function transforms, forward-mode
+    derivatives and dispatch modes (counters, fake tensors), which are to see plain operators.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
 def prefers_channels_last(x: torch.Tensor) -> bool:
     """Whether convolutional inference on `x` runs faster on channels-last memory.
 
     True for eager float32 inference on a CPU with oneDNN: there 1x1 convolutions become one
-    matrix product over all pixels, and depthwise ones read whole vectors of channels. Never
-    under autograd, compilers, exporters or dispatch modes (counters, fake tensors), which are
-    to see the plain operators.
+    matrix product over all pixels, and depthwise ones read whole vectors of channels. Never but
+    in `is_plain_inference`.
     """
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
-        and not torch.is_grad_enabled()
+        and is_plain_inference()  # before those that Dynamo does not trace
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
     )
 
 
@@ -52,10 +62,30 @@ def run_channels_last(
     return function(x)
 
 
+def gelu_form(gelu: bool | str) -> str | None:
+    """Name the GELU that an argument asks for: "exact", "tanh", or None for none.
+
+    Raises:
+        ValueError: it is none of True, False, "exact" and "tanh".
+    """
+    if isinstance(gelu, bool):
+        return "exact" if gelu else None
+    if gelu not in ("exact", "tanh"):
+        raise ValueError(f'gelu is {gelu!r}: True, False, "exact" or "tanh" is taken')
+    return gelu
+
+
+def apply_gelu(x: torch.Tensor, form: str | None) -> torch.Tensor:
+    """Apply the GELU that `gelu_form` named, if any."""
+    if form is None:
+        return x
+    return F.gelu(x, approximate="tanh" if form == "tanh" else "none")
+
+
 def linear_on_cpu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gelu: bool = False
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gelu: str | None = None
 ) -> torch.Tensor:
-    """Compute `x @ weight.T + bias`, then an exact GELU if asked for, by oneDNN.
+    """Compute `x @ weight.T + bias`, then a GELU if asked for, by oneDNN.
 
     Takes half the time or less of the library that PyTorch's own linear layers use on a CPU.
     Where `prefers_channels_last(x)` alone: there is no gradient.
@@ -64,32 +94,38 @@ def linear_on_cpu(
         x: (..., in_features), float32.
         weight: (out_features, in_features).
         bias: (out_features,), or None.
-        gelu: whether GELU follows.
+        gelu: the GELU that follows, "exact" or "tanh"; None for none.
 
     Returns:
         (..., out_features).
     """
-    post_operation = ("gelu", [], "none") if gelu else ("none", [], "")
+    post_operation = ("none", [], "")
+    if gelu is not None:
+        post_operation = ("gelu", [], "tanh" if gelu == "tanh" else "none")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *post_operation)
 
 
 class PointwiseConv(nn.Conv2d):
-    """1x1 convolution, optionally followed by an exact GELU. NCHW.
+    """1x1 convolution, optionally followed by a GELU. NCHW.
 
     Args:
         in_chans: channels of the input, (B, in_chans, H, W).
         out_chans: channels of the output, (B, out_chans, H, W).
         bias: whether a bias is added.
-        gelu: whether GELU follows; it costs no pass over memory of its own on the CPU.
+        gelu: whether GELU follows; it costs no pass over memory of its own on the CPU. True or
+            "exact" for the exact one, "tanh" for its approximation by tanh.
+
+    Raises:
+        ValueError: an argument is none of these.
     """
 
     def __init__(
-        self, in_chans: int, out_chans: int, *, bias: bool = True, gelu: bool = False
+        self, in_chans: int, out_chans: int, *, bias: bool = True, gelu: bool | str = False
     ) -> None:
         check_whole_number("in_chans", in_chans, 1)
         check_whole_number("out_chans", out_chans, 1)
         super().__init__(in_chans, out_chans, 1, bias=bias)
-        self.gelu = gelu
+        self.gelu = gelu_form(gelu)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if prefers_channels_last(x):
@@ -97,11 +133,48 @@ class PointwiseConv(nn.Conv2d):
             weight = self.weight[:, :, 0, 0]
             y = linear_on_cpu(x.permute(0, 2, 3, 1), weight, self.bias, gelu=self.gelu)
             return y.permute(0, 3, 1, 2)
-        x = super().forward(x)
-        return F.gelu(x) if self.gelu else x
+        return apply_gelu(super().forward(x), self.gelu)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", gelu=True" if self.gelu else "")
+        return super().extra_repr() + (f", gelu={self.gelu!r}" if self.gelu else "")
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate that the mean of every channel decides. NCHW.
+
+    (B, dim, H, W) -> (B, dim, H, W): x * sigmoid(fc2(activation(fc1(mean of x)))).
+
+    Hu et al., arXiv:1709.01507.
+
+    Args:
+        dim: channels in and out.
+        hidden_dim: channels between the two 1x1 convolutions.
+        bias: whether the convolutions add a bias.
+        activation: "silu", or "gelu" for the exact one.
+
+    Raises:
+        ValueError: an argument is none of these.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool, activation: str) -> None:
+        super().__init__()
+        check_whole_number("dim", dim, 1)
+        check_whole_number("hidden_dim", hidden_dim, 1)
+        if activation not in ("silu", "gelu"):
+            raise ValueError(f'activation is {activation!r}: "silu" or "gelu" is taken')
+        self.fc1 = PointwiseConv(dim, hidden_dim, bias=bias, gelu=activation == "gelu")
+        self.act = nn.SiLU() if activation == "silu" else nn.Identity()
+        self.fc2 = PointwiseConv(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the factors of channels alone, for who multiplies them into weights.
+
+        (B, dim, H, W) -> (B, dim, 1, 1).
+        """
+        return self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 
 class ConvNorm(nn.Module):
@@ -154,7 +227,7 @@ class ConvNorm(nn.Module):
         return self
 
 
-def _scale_and_shift(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def scale_and_shift(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Evaluation-mode BatchNorm as y = scale * x + shift, two float64 (C,) tensors."""
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return scale, norm.bias.double() - norm.running_mean.double() * scale
@@ -177,7 +250,7 @@ def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.Module) -> nn.Identity:
     """
     if isinstance(norm, nn.Identity):
         return norm
-    scale, shift = _scale_and_shift(norm)
+    scale, shift = scale_and_shift(norm)
     if conv.bias is not None:
         shift = shift + conv.bias.double() * scale
     _assign(conv, conv.weight.double() * scale[:, None, None, None], shift)
@@ -204,7 +277,7 @@ def fold_norm_into_next(norm: nn.Module, *convs: nn.Conv2d) -> nn.Identity:
             )
     if isinstance(norm, nn.Identity):
         return norm
-    scale, shift = _scale_and_shift(norm)
+    scale, shift = scale_and_shift(norm)
     for conv in convs:
         weight = conv.weight.double()
         bias = weight[:, :, 0, 0] @ shift

@@ -12,6 +12,7 @@ from torch import nn
 from ..kernels import neighborhood_attention
 from .arguments import check_whole_number
 from .linear import Linear
+from .resolution import crop, larger, pad_axis
 
 
 class NeighborhoodAttention(nn.Module):
@@ -62,42 +63,14 @@ class NeighborhoodAttention(nn.Module):
         x = neighborhood_attention(
             query, key, value, self.kernel_size, dilation=self.dilation, bias=self.rel_pos_bias
         )
-        x = _crop(_crop(x.flatten(3), 1, height), 2, width)
-        return self.proj(x)
+        return self.proj(crop(x.flatten(3), height, width))
 
     def _pad(self, qkv: torch.Tensor, axis: int) -> torch.Tensor:
-        """Extend an axis of (B, H, W, 3C) to kernel_size * dilation with what a zero input gives.
-
-        Compilers and exporters get no branch on the size: all sizes share one graph.
-        """
-        length, least = qkv.shape[axis], self.kernel_size * self.dilation
-        is_open = _is_open(length)
-        if not is_open and length >= least:
-            return qkv
-        shape = list(qkv.shape)
-        shape[axis] = 1 if is_open else least - length
-        padding = self.qkv.bias.to(qkv.dtype).expand(shape)
-        qkv = torch.cat([qkv, padding], dim=axis)
-        if not is_open:
-            return qkv
-        # Dynamo takes max for sym_max, and fails at the latter (torch 2.6) where it is constant.
-        largest = max if torch.compiler.is_dynamo_compiling() else torch.sym_max
-        positions = torch.arange(largest(length, least), device=qkv.device)
-        return qkv.index_select(axis, positions.clamp(max=length))
+        """Extend an axis of (B, H, W, 3C) to kernel_size * dilation by what zeros project to."""
+        length = larger(qkv.shape[axis], self.kernel_size * self.dilation)
+        return pad_axis(qkv, axis, length, self.qkv.bias)
 
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
         )
-
-
-def _is_open(length: int | torch.SymInt) -> bool:
-    """Whether a program is traced for more lengths of an axis than this one."""
-    return isinstance(length, torch.SymInt) or torch.compiler.is_dynamo_compiling()
-
-
-def _crop(x: torch.Tensor, axis: int, length: int | torch.SymInt) -> torch.Tensor:
-    """Take the first `length` positions of an axis."""
-    if _is_open(length):  # a view would be contiguous or not by the size: a graph for each
-        return x.index_select(axis, torch.arange(length, device=x.device))
-    return x.narrow(axis, 0, length)

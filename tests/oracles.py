@@ -12,6 +12,7 @@ kind) and what the official model answers in float64 when its checkpoint holds t
 """
 
 import functools
+import inspect
 import io
 import json
 import zlib
@@ -29,12 +30,13 @@ from torch.utils._pytree import tree_leaves
 
 import densezoo
 from densezoo.backbones.base import FEATURE_CLASSES
+from densezoo.backbones.registry import BACKBONES
 
 DATA = Path(__file__).parent / "data" / "parity"
 SAMPLES = 64
 # Models of more parameters are tested by their shapes, on the meta device: in full they would
 # take hours together, and run no code that a family's smaller ones do not.
-MOST_PARAMETERS = 30_000_000
+MOST_PARAMETERS = 130_000_000
 # The forms a model comes in: with its head, as each of timm's extractors, for mmdet and mmseg.
 FORMS = ["classifier", *FEATURE_CLASSES, "dense"]
 
@@ -267,13 +269,17 @@ def saved_and_loaded(model):
     return torch.load(buffer, weights_only=False)
 
 
+@functools.cache
 def official_checkpoint(name):
-    """A file for `name` as its authors publish it; where no case has one, one of our own."""
+    """A file for `name` as its authors publish it, and arguments of a model that it is for.
+
+    Where no case has one, one of our own of two blocks a stage.
+    """
     for case_file, case in load_cases().values():
         if case_file["model_name"] == name and not case["model_kwargs"]:
-            return make_checkpoint(case_file, case)
+            return make_checkpoint(case_file, case), equal_arguments(name)
     torch.manual_seed(0)
-    return timm.create_model(name).state_dict()
+    return timm.create_model(name, **shallow(name)).state_dict(), shallow(name)
 
 
 @functools.cache
@@ -313,6 +319,40 @@ def variants_of_families(most_parameters=MOST_PARAMETERS, every_design=False):
         for size, name, _ in variants
         if size <= most_parameters
     ]
+
+
+def equal_arguments(name):
+    """What makes a classifier and a feature extractor one model: the classifier's own values.
+
+    Of what the class sets for dense work (`dense_arguments`), which is nothing for most.
+    """
+    registered = BACKBONES[name]
+    parameters = inspect.signature(registered.cls).parameters
+    return {
+        key: registered.arguments.get(key, parameters[key].default)
+        for key in registered.cls.dense_arguments
+    }
+
+
+def shallow(name):
+    """Arguments that leave a variant its widths, heads and windows, and two blocks a stage at most.
+
+    Two are of every kind that a family alternates (dilated or not, of the window or of the map),
+    and what one block hands to the next is among them.
+    """
+    depths = BACKBONES[name].arguments["depths"]
+    return dict(depths=tuple(min(depth, 2) for depth in depths), **equal_arguments(name))
+
+
+def fewest_blocks(name):
+    """As `shallow`, with one block a stage where two have no further class of modules."""
+
+    def classes(depths):
+        model = timm.create_model(name, depths=depths, device="meta")
+        return {type(module) for module in model.modules()}
+
+    is_enough = classes((1, 1, 1, 1)) == classes((2, 2, 2, 2))
+    return {**shallow(name), **(dict(depths=(1, 1, 1, 1)) if is_enough else {})}
 
 
 def variants_by_shape(most_parameters=MOST_PARAMETERS):

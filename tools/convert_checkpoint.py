@@ -1,9 +1,10 @@
 """``densezoo convert``: published checkpoints of detectors, segmenters and classifiers to ours.
 
 Files of mmdet 2.x and mmseg 0.x hold a backbone under the authors' names (``backbone.``) beside
-necks and heads, which have kept their names to this day. The written file holds all entries of the
-config's model and no other, so that ``densezoo test``, ``densezoo predict``, ``load_from`` and the
-tools of mmdet and mmseg load it. A classifier's file (``--model``) gets the names of our model.
+necks and heads, which have kept their names to this day; those of DINO's own repository, such as
+FasterViT's detector, have others (``dino_checkpoint.py``). The written file holds all entries of
+the config's model and no other, so that ``densezoo test``, ``densezoo predict``, ``load_from`` and
+the tools of mmdet and mmseg load it. A classifier's file (``--model``) gets the names of our model.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ..backbones.checkpoints import (
     unwrap_nesting,
 )
 from ..backbones.registry import Registered, check_model_name, find_backbone
+from .dino_checkpoint import is_of_dino_repository, rename_dino
 from .train import require_mmengine
 
 EXAMPLE = (
@@ -182,6 +184,10 @@ def convert(checkpoint: Mapping[str, Any], model: nn.Module) -> Conversion:
     # Buffers of mmcv's EMAHook: the weights before averaging, in a file with the average.
     unused = [key for key in state if key.startswith("ema_")]
     state = {key: value for key, value in state.items() if key not in unused}
+    notes = []
+    if is_of_dino_repository(state):
+        state, repeated, notes = rename_dino(state, model, trunk)
+        unused += repeated
     is_dense = path not in ("", "backbone")
     body, parts = _split(state, is_dense)
     mapped, report = convert_checkpoint(
@@ -211,7 +217,8 @@ def convert(checkpoint: Mapping[str, Any], model: nn.Module) -> Conversion:
     _check_fit(missing, left, reshaped)
     # A copy each: views of larger tensors would bring those along.
     weights = {key: converted[key].detach().clone() for key in own}
-    return Conversion(weights, report.dialect, (*unused, *dispensable), tuple(report.reshaped))
+    notes += report.reshaped
+    return Conversion(weights, report.dialect, (*unused, *dispensable), tuple(notes))
 
 
 def _split(

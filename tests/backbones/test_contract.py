@@ -5,11 +5,15 @@ large to run (`oracles.MOST_PARAMETERS`) by their shapes on the meta device alon
 has several designs, a class each, the smallest of each is held by default to what depends on how
 a resolution is changed (`every_design`).
 
+What does not depend on depth is held on two blocks a stage (`shallow`), with the widths, heads and
+windows of the variant; its maps, figures, rounding, fusing and shapes on all of its blocks.
+
 Models of one map, which four stages' clauses do not fit, have tests of their own
 (`test_nat_isotropic.py`).
 """
 
 import copy
+import functools
 import itertools
 import math
 import os
@@ -25,6 +29,8 @@ from oracles import (
     as_list,
     build,
     dense,
+    equal_arguments,
+    fewest_blocks,
     frozen_and_free,
     gradient_error,
     gradients,
@@ -37,6 +43,7 @@ from oracles import (
     rms_error,
     round_as,
     saved_and_loaded,
+    shallow,
     smallest_of_families,
     variants_by_shape,
     variants_of_families,
@@ -55,23 +62,41 @@ from densezoo.tools.count_macs import count_macs
 every_name = pytest.mark.parametrize("name", variants_of_families())
 every_design = pytest.mark.parametrize("name", variants_of_families(every_design=True))
 every_name_by_shape = pytest.mark.parametrize("name", variants_by_shape())
-SIZES = [(224, 224), (97, 131), (33, 200), (256, 320), (480, 640)]
+runnable = {p.values[0] for p in variants_of_families()}
+SIZES = [(224, 224), (97, 131), (33, 200)]
+LARGE_SIZES = [(256, 320), (480, 640)]
+# As many pixels as 64 x 64, and on maps of stride 16 more than one window of 7 x 7.
+WIDE = (32, 128)
 MAIN_FORMS = ["classifier", "getter", "dense"]
 every_form = pytest.mark.parametrize("form", FORMS)
 main_forms = pytest.mark.parametrize("form", MAIN_FORMS)
 SUBSETS = [s for n in (1, 2, 3, 4) for s in itertools.combinations(range(4), n)]
-ONE_BLOCK = dict(depths=(1, 1, 1, 1))
+
+
+def create(name, **kwargs):
+    """A classifier of two blocks a stage."""
+    return timm.create_model(name, **{**shallow(name), **kwargs})
+
+
+def make(name, form, **kwargs):
+    """A model of two blocks a stage in one of its forms."""
+    return build(name, form, **{**shallow(name), **kwargs})
+
+
+def make_dense(name, **kwargs):
+    """A `DenseBackbone` of two blocks a stage."""
+    return dense(name, model_kwargs=shallow(name), **kwargs)
 
 
 # Features, at any size
 
 
-@every_name
-def test_every_form_gives_the_same_maps_of_the_promised_shapes_at_any_size(name):
-    reference = timm.create_model(name).eval()
+def check_maps(name, sizes, arguments):
+    """Hold every form, with the same weights, to the maps of the classifier and to their shapes."""
+    reference = timm.create_model(name, **arguments).eval()
     state = reference.state_dict()
-    forms = {form: load_trunk(build(name, form), state).eval() for form in FORMS[1:]}
-    for size in SIZES:  # of one instance
+    forms = {form: load_trunk(build(name, form, **arguments), state).eval() for form in FORMS[1:]}
+    for size in sizes:  # of one instance
         x = image(*size)
         with torch.no_grad():
             expected = reference.forward_intermediates(x, intermediates_only=True)
@@ -89,18 +114,31 @@ def test_every_form_gives_the_same_maps_of_the_promised_shapes_at_any_size(name)
 
 
 @every_name
+@pytest.mark.parametrize(
+    "sizes", [SIZES, pytest.param(LARGE_SIZES, marks=pytest.mark.slow)], ids=["small", "large"]
+)
+def test_every_form_gives_the_same_maps_of_the_promised_shapes_at_any_size(name, sizes):
+    check_maps(name, sizes, shallow(name))
+
+
+@every_name
+def test_every_form_gives_the_same_maps_of_all_its_blocks(name):
+    check_maps(name, [(97, 131)], equal_arguments(name))
+
+
+@every_name
 @pytest.mark.parametrize("out_indices", [(3, 0), (-1, 1), (2,), 2], ids=str)
 def test_every_form_gives_the_maps_asked_for_in_that_order(name, out_indices):
-    reference = timm.create_model(name).eval()
+    reference = create(name).eval()
     x = image(97, 131)
     with torch.no_grad():
         expected = reference.forward_intermediates(x, out_indices, intermediates_only=True)
     for form in FORMS[1:]:
         if form == "dense":
-            model = dense(name, out_indices=out_indices)
+            model = make_dense(name, out_indices=out_indices)
             channels, strides = model.out_channels, model.out_strides
         else:
-            model = build(name, form, out_indices=out_indices)
+            model = make(name, form, out_indices=out_indices)
             channels, strides = model.feature_info.channels(), model.feature_info.reduction()
         load_trunk(model, reference.state_dict())
         with torch.no_grad():
@@ -112,23 +150,23 @@ def test_every_form_gives_the_maps_asked_for_in_that_order(name, out_indices):
 
 
 @every_design
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (31, 33), (4, 7)], ids=str)
-def test_images_smaller_than_the_largest_stride_work_or_are_named(name, size):
-    model = timm.create_model(name, features_only=True).eval()
-    with torch.no_grad():
-        try:
-            maps = model(image(*size))
-        except ValueError as error:
-            assert all(str(n) in str(error) for n in size)
-            return
-    for m, stride in zip(maps, (4, 8, 16, 32), strict=True):
-        assert m.shape[2:] == tuple(math.ceil(n / stride) for n in size)
-        assert m.isfinite().all()
+def test_images_smaller_than_the_largest_stride_work_or_are_named(name):
+    model = create(name, features_only=True).eval()
+    for size in [(1, 1), (1, 40), (31, 33), (4, 7)]:
+        with torch.no_grad():
+            try:
+                maps = model(image(*size))
+            except ValueError as error:
+                assert all(str(n) in str(error) for n in size)
+                continue
+        for m, stride in zip(maps, (4, 8, 16, 32), strict=True):
+            assert m.shape[2:] == tuple(math.ceil(n / stride) for n in size)
+            assert m.isfinite().all()
 
 
 @every_name
 def test_forward_intermediates_takes_all_its_options(name):
-    model = timm.create_model(name).eval()
+    model = create(name).eval()
     x = image(97, 131)
     with torch.no_grad():
         final, maps = model.forward_intermediates(x)
@@ -150,7 +188,7 @@ def test_forward_intermediates_takes_all_its_options(name):
 
 @every_name
 def test_pruning_keeps_the_maps_and_drops_what_they_do_not_need(name):
-    model = timm.create_model(name).eval()
+    model = create(name).eval()
     pruned = copy.deepcopy(model)
     assert pruned.prune_intermediate_layers([-3, 0], prune_norm=True) == [1, 0]
     x = image(64, 96)
@@ -164,7 +202,7 @@ def test_pruning_keeps_the_maps_and_drops_what_they_do_not_need(name):
 
 @every_design
 def test_the_layout_of_outputs_follows_the_image(name):
-    model = timm.create_model(name).eval()
+    model = create(name).eval()
     x = image(64, 96)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
@@ -179,7 +217,7 @@ def test_the_layout_of_outputs_follows_the_image(name):
 
 @every_name
 def test_images_of_a_batch_do_not_affect_each_other(name):
-    model = timm.create_model(name).eval()
+    model = create(name).eval()
     x = image(97, 131, batch=2)
     with torch.no_grad():
         assert relative_error(model(x)[1:], model(x[1:])) < 1e-5
@@ -187,7 +225,7 @@ def test_images_of_a_batch_do_not_affect_each_other(name):
 
 @every_design
 def test_it_vectorises_over_images(name):
-    model = timm.create_model(name).eval()
+    model = create(name).eval()
     x = image(32, 64, batch=3)
     with torch.no_grad():
         mapped = torch.vmap(lambda one: model(one[None])[0])(x)
@@ -196,7 +234,7 @@ def test_it_vectorises_over_images(name):
 
 @every_name
 def test_inference_changes_neither_the_image_nor_what_hooks_saw(name):
-    model = timm.create_model(name).eval()
+    model = create(name).eval()
     x, seen = image(64, 96), []
     before = x.clone()
 
@@ -218,18 +256,36 @@ def test_inference_changes_neither_the_image_nor_what_hooks_saw(name):
 # Shapes alone, also of models too large to run
 
 
-@every_name_by_shape
-def test_shapes_and_gradients_of_every_variant_on_the_meta_device(name):
+@functools.cache
+def meta_model(name):
+    """A classifier of all its blocks, without memory."""
+    return timm.create_model(name, device="meta")
+
+
+def depths_by_shape():
+    """Every name with all its blocks; those too large to run by default with two a stage."""
+    by_default = {p.values[0] for p in variants_by_shape() if not p.marks}
+    for parameters in variants_by_shape():
+        (name,) = parameters.values
+        is_smallest = name in runnable and name in by_default
+        marks = () if is_smallest else pytest.mark.slow
+        yield pytest.param(name, {}, marks=marks, id=f"{name}-all")
+        if name not in runnable:
+            yield pytest.param(name, shallow(name), id=f"{name}-shallow")
+
+
+@pytest.mark.parametrize("name, arguments", list(depths_by_shape()))
+def test_shapes_and_gradients_of_every_variant_on_the_meta_device(name, arguments):
     with torch.device("meta"):
-        features = timm.create_model(name, features_only=True)
-        model = timm.create_model(name, num_classes=7)
+        features = timm.create_model(name, features_only=True, **arguments)
+        model = timm.create_model(name, num_classes=7, **arguments)
         channels = features.feature_info.channels()
-        for size in [(224, 224), (97, 131)]:
-            for m, dim, stride in zip(
-                features(torch.empty(2, 3, *size)), channels, (4, 8, 16, 32), strict=True
-            ):
+        maps = features(torch.empty(2, 3, 97, 131))
+        final, of_classifier = model.forward_intermediates(torch.empty(2, 3, 224, 224))
+        for found, size in ((maps, (97, 131)), (of_classifier, (224, 224))):
+            for m, dim, stride in zip(found, channels, (4, 8, 16, 32), strict=True):
                 assert m.shape == (2, dim, *(math.ceil(n / stride) for n in size))
-        logits = model(torch.empty(2, 3, 224, 224))
+        logits = model.forward_head(final)
         assert logits.shape == (2, 7)
         logits.sum().backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
@@ -238,7 +294,7 @@ def test_shapes_and_gradients_of_every_variant_on_the_meta_device(name):
 @every_name_by_shape
 @pytest.mark.parametrize("coarse", [False, True])
 def test_every_parameter_is_in_exactly_one_layer_group(name, coarse):
-    model = timm.create_model(name, device="meta")
+    model = meta_model(name)
     groups = group_parameters(model, model.group_matcher(coarse=coarse))
     names = [n for group in groups.values() for n in group]
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())
@@ -246,15 +302,16 @@ def test_every_parameter_is_in_exactly_one_layer_group(name, coarse):
     assert len(groups) == 2 + (len(depths) if coarse else sum(depths))
     assert all(n.startswith("stem.") for n in groups[0])
     assert all(n.startswith("head.") for n in groups[len(groups) - 1])
-    assert any(n.startswith("norm.") for n in groups[len(groups) - 2])
-    assert model.no_weight_decay() <= {n for n, _ in model.named_parameters()}
+    # The norm with the last block; a family that pools first has it in its head.
+    last = groups[len(groups) - 2]
+    assert [n for n in last if n.startswith("norm.")] == [n for n in names if n.startswith("norm.")]
+    assert model.no_weight_decay() <= set(names)
 
 
 @every_name_by_shape
 def test_parameters_are_the_published_ones_to_their_last_digit(name):
     published = BACKBONES[name].weights.published.params
-    model = timm.create_model(name, device="meta")
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    millions = sum(p.numel() for p in meta_model(name).parameters()) / 1e6
     # The one figure of three files whose tensors are known to have these numbers.
     known = {"dinat_large": 200.944, "dinat_large_384": 200.944, "dinat_large_384_11x11": 201.144}
     if name in known:
@@ -263,7 +320,7 @@ def test_parameters_are_the_published_ones_to_their_last_digit(name):
         assert published is None or round_as(published, millions) == published
 
 
-@pytest.mark.parametrize("name", variants_of_families(130_000_000))  # counting takes seconds
+@every_name
 def test_macs_are_the_published_ones_to_their_last_digit_and_none_is_uncounted(name):
     report = count_macs(name)
     assert report.published == BACKBONES[name].weights.published
@@ -278,14 +335,23 @@ def test_macs_are_the_published_ones_to_their_last_digit_and_none_is_uncounted(n
 
 
 @every_name
-@pytest.mark.parametrize("form", ["getter", "dense"])
-def test_gradients_reach_every_parameter_for_every_choice_of_stages(name, form):
-    x = image(64, 64, batch=2)
-    for out_indices in SUBSETS:
+@pytest.mark.parametrize(
+    "form, subsets",
+    [
+        ("dense", SUBSETS),
+        # A `DenseBackbone` has this one within, with the same stages.
+        ("getter", [s for s in SUBSETS if len(s) in (1, 4)]),
+        pytest.param("getter", [s for s in SUBSETS if len(s) in (2, 3)], marks=pytest.mark.slow),
+    ],
+    ids=["dense", "getter", "getter-several"],
+)
+def test_gradients_reach_every_parameter_for_every_choice_of_stages(name, form, subsets):
+    x = image(*WIDE, batch=2)
+    for out_indices in subsets:
         if form == "dense":
-            model = dense(name, out_indices=out_indices, out_norms="batch_norm")
+            model = make_dense(name, out_indices=out_indices, out_norms="batch_norm")
         else:
-            model = build(name, form, out_indices=out_indices)
+            model = make(name, form, out_indices=out_indices)
         loss_of(model.train()(x)).backward()
         assert without_gradient(model) == [], out_indices
 
@@ -293,21 +359,21 @@ def test_gradients_reach_every_parameter_for_every_choice_of_stages(name, form):
 @every_design
 def test_gradients_reach_every_parameter_of_the_classifier(name):
     model = timm.create_model(name).train()
-    loss_of(model(image(64, 64, batch=2))).backward()
+    loss_of(model(image(*WIDE, batch=2))).backward()
     assert without_gradient(model) == []
 
 
 @every_name
 @main_forms
 def test_checkpointing_changes_neither_output_nor_gradient_nor_statistics(name, form):
-    x = image(64, 64, batch=2)
+    x = image(*WIDE, batch=2)
     results = []
     for enable in (False, True):
         torch.manual_seed(0)
         if form == "dense":
-            model = dense(name, drop_path_rate=0.3, with_cp=enable)
+            model = make_dense(name, drop_path_rate=0.3, with_cp=enable)
         else:
-            model = build(name, form, drop_path_rate=0.3)
+            model = make(name, form, drop_path_rate=0.3)
             model.set_grad_checkpointing(enable)
         outputs = as_list(model.train()(x))
         loss_of(outputs).backward()
@@ -320,7 +386,7 @@ def test_checkpointing_changes_neither_output_nor_gradient_nor_statistics(name, 
 def test_checkpointing_lowers_the_peak_of_memory_by_a_quarter_and_more(name):
     peaks = []
     for enable in (False, True):
-        model = timm.create_model(name, features_only=True).train()
+        model = create(name, features_only=True).train()
         model.set_grad_checkpointing(enable)
         with PeakMemory() as memory:
             loss_of(model(image(224, 224, batch=2))).backward()
@@ -331,7 +397,7 @@ def test_checkpointing_lowers_the_peak_of_memory_by_a_quarter_and_more(name):
 
 @every_name
 def test_drop_path_grows_linearly_over_the_network(name):
-    model = timm.create_model(name, drop_path_rate=0.3)
+    model = timm.create_model(name, drop_path_rate=0.3, device="meta")
     rates = [
         max((getattr(m, "drop_prob", 0.0) or 0.0) for m in block.modules())
         for stage in model.stages
@@ -347,7 +413,7 @@ def test_drop_path_grows_linearly_over_the_network(name):
 @every_name
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 1, 4])
 def test_frozen_stages_stay_frozen_while_training(name, frozen_stages):
-    backbone = dense(name, frozen_stages=frozen_stages)
+    backbone = make_dense(name, frozen_stages=frozen_stages)
     detector = torch.nn.ModuleDict(dict(backbone=backbone, neck=torch.nn.BatchNorm2d(3)))
     for _ in range(2):  # as a Runner switches, around each validation
         detector.eval()
@@ -359,7 +425,7 @@ def test_frozen_stages_stay_frozen_while_training(name, frozen_stages):
     assert not [m for part in frozen for m in part.modules() if m.training]
     assert all(m.training for part in free for m in norms(part))
     before = [b.clone() for part in frozen for b in part.buffers()]
-    maps = backbone(image(64, 64, batch=2))
+    maps = backbone(image(*WIDE, batch=2))
     after = [b for part in frozen for b in part.buffers()]
     assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
     if free:
@@ -370,7 +436,7 @@ def test_frozen_stages_stay_frozen_while_training(name, frozen_stages):
 
 @every_name
 def test_norm_eval_keeps_every_batch_norm_in_evaluation(name):
-    backbone = dense(name, norm_eval=True, out_norms="batch_norm")
+    backbone = make_dense(name, norm_eval=True, out_norms="batch_norm")
     detector = torch.nn.Sequential(backbone, torch.nn.BatchNorm2d(3))
     for _ in range(2):
         assert backbone.training and detector.train()[1].training
@@ -381,7 +447,7 @@ def test_norm_eval_keeps_every_batch_norm_in_evaluation(name):
 
 @every_name
 def test_freezing_outlives_conversion_to_synchronised_norms(name):
-    backbone = dense(name, frozen_stages=2, out_norms="batch_norm")
+    backbone = make_dense(name, frozen_stages=2, out_norms="batch_norm")
     count = len(norms(backbone))
     backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
     for _ in range(2):
@@ -392,7 +458,7 @@ def test_freezing_outlives_conversion_to_synchronised_norms(name):
     assert not [m for part in frozen for m in part.modules() if m.training]
     assert not [n for part in frozen for n, p in part.named_parameters() if p.requires_grad]
     assert all(m.training for part in [*free, backbone.out_norms] for m in norms(part))
-    evaluated = dense(name, norm_eval=True, out_norms="batch_norm")
+    evaluated = make_dense(name, norm_eval=True, out_norms="batch_norm")
     evaluated = torch.nn.SyncBatchNorm.convert_sync_batchnorm(evaluated).train()
     assert not [m for m in norms(evaluated) if m.training]
 
@@ -402,7 +468,7 @@ def test_freezing_outlives_conversion_to_synchronised_norms(name):
 
 @every_name
 def test_classifier_can_be_removed_and_replaced(name):
-    model = timm.create_model(name, num_classes=7).eval()
+    model = create(name, num_classes=7).eval()
     x = image(64, 64)
     with torch.no_grad():
         assert model(x).shape == (1, 7)
@@ -415,7 +481,7 @@ def test_classifier_can_be_removed_and_replaced(name):
         assert model(x).shape == (1, 5)
         model.reset_classifier(0, "")
         assert model(x).shape == (1, model.num_features, 2, 2)
-        without = timm.create_model(name, num_classes=0, global_pool="").eval()
+        without = create(name, num_classes=0, global_pool="").eval()
         assert without(x).shape == (1, model.num_features, 2, 2)
     with pytest.raises(ValueError, match="global_pool"):
         model.reset_classifier(3, "")
@@ -423,7 +489,7 @@ def test_classifier_can_be_removed_and_replaced(name):
 
 @every_name
 def test_image_channels_are_an_argument(name):
-    model = timm.create_model(name, in_chans=5, features_only=True).eval()
+    model = create(name, in_chans=5, features_only=True).eval()
     with torch.no_grad():
         assert len(model(image(64, 64, chans=5))) == 4
     with pytest.raises(ValueError, match=r"\(1, 3, 64, 64\).*\(B, 5, H, W\)"):
@@ -434,17 +500,19 @@ def test_image_channels_are_an_argument(name):
 @main_forms
 def test_pretrained_weights_fit_grey_images_and_those_of_four_channels(name, form, tmp_path):
     path = str(tmp_path / "weights.pth")
-    torch.save(official_checkpoint(name), path)
+    checkpoint, arguments = official_checkpoint(name)
+    torch.save(checkpoint, path)
 
     def load(in_chans):
+        kwargs = dict(arguments, in_chans=in_chans)
         if form == "dense":
             init_cfg = dict(type="Pretrained", checkpoint=path)
-            model = dense(name, model_kwargs=dict(in_chans=in_chans), init_cfg=init_cfg)
+            model = dense(name, model_kwargs=kwargs, init_cfg=init_cfg)
             model.init_weights()
         else:
             overlay = dict(file=path)
             weights = dict(pretrained=True, pretrained_cfg_overlay=overlay)
-            model = build(name, form, in_chans=in_chans, **weights)
+            model = build(name, form, **kwargs, **weights)
         return model.double().eval()
 
     grey, four = image(64, 96, chans=1).double(), image(64, 96, chans=4).double()
@@ -484,7 +552,7 @@ def test_bfloat16_costs_little_more_than_rounding_weights_and_image(name, how, s
     activations: up to six roundings for one, so the square root of it in error; twice that is
     the bound, and one rounding of the output beside it.
     """
-    model = settle(timm.create_model(name))
+    model = settle(create(name))
     x = image(97, 131, batch=2)
 
     def outputs(model, x):
@@ -509,8 +577,8 @@ def test_bfloat16_costs_little_more_than_rounding_weights_and_image(name, how, s
 @main_forms
 def test_gradients_pass_through_autocast_to_bfloat16(name, form):
     torch.manual_seed(0)
-    model = build(name, form).train()
-    x = image(64, 64, batch=2)
+    model = make(name, form).train()
+    x = image(*WIDE, batch=2)
     with torch.autocast("cpu", torch.bfloat16):
         loss_of(m.float() for m in as_list(model(x))).backward()
     assert without_gradient(model) == []
@@ -527,22 +595,28 @@ COPIES = {
 }
 
 
+# What differs from one feature class to the next is how modules are kept, not what they are.
+COPIED = [(form, False) for form in FORMS] + [(form, True) for form in MAIN_FORMS]
+COPIED += [
+    pytest.param(form, True, marks=pytest.mark.slow) for form in FORMS if form not in MAIN_FORMS
+]
+
+
 @every_name
-@every_form
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("form, fused", COPIED)
 def test_copies_give_the_same_outputs_in_either_mode(name, form, fused):
     if form == "dense":
         arguments = dict(frozen_stages=1, norm_eval=True, out_norms="batch_norm")
-        model = dense(name, out_indices=(3, 1), drop_path_rate=0.5, **arguments)
+        model = make_dense(name, out_indices=(3, 1), drop_path_rate=0.5, **arguments)
     else:
         order = {} if form == "classifier" else dict(out_indices=(3, 1))
-        model = build(name, form, drop_path_rate=0.5, **order)
+        model = make(name, form, drop_path_rate=0.5, **order)
     if fused:
         model.eval().fuse()
-    x = image(64, 64, batch=2)
-    for training, (how, make) in itertools.product((False, True), COPIES.items()):
+    x = image(*WIDE, batch=2)
+    for training, (how, duplicate) in itertools.product((False, True), COPIES.items()):
         model.train(training)
-        twin, results = make(model), []
+        twin, results = duplicate(model), []
         modes = {n: m.training for n, m in model.named_modules()}
         assert {n: m.training for n, m in twin.named_modules()} == modes, (how, training)
         for one in (model, twin):
@@ -555,21 +629,21 @@ def test_copies_give_the_same_outputs_in_either_mode(name, form, fused):
 @every_name
 @main_forms
 def test_safetensors_files_hold_every_entry_and_load(name, form, tmp_path, settle):
-    model = settle(build(name, form))
+    model = settle(make(name, form))
     path = str(tmp_path / "weights.safetensors")
     save_file(model.state_dict(), path)  # refuses tensors that share memory
     state = load_file(path)
     assert state.keys() == model.state_dict().keys()
     torch.manual_seed(1)
     if form == "dense":
-        again = dense(name, pretrained=path)
+        again = make_dense(name, pretrained=path)
     else:
         weights = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
-        again = build(name, form, **weights)
+        again = make(name, form, **weights)
     for key, value in model.state_dict().items():
         assert torch.equal(state[key], value) and torch.equal(again.state_dict()[key], value), key
     save_model(model.fuse(), path)  # takes the layout of fused weights too
-    fused = build(name, form).eval().fuse()
+    fused = make(name, form).eval().fuse()
     load_model(fused, path)
     x = image(64, 96)
     with torch.no_grad():
@@ -580,7 +654,7 @@ def test_safetensors_files_hold_every_entry_and_load(name, form, tmp_path, settl
 @every_name
 @main_forms
 def test_a_trace_is_valid_at_the_size_of_its_example(name, form):
-    model = build(name, form).eval()
+    model = make(name, form).eval()
     with torch.no_grad():
         traced = torch.jit.trace(model, image(64, 96), check_trace=False)
         x = image(64, 96, seed=1)
@@ -589,9 +663,10 @@ def test_a_trace_is_valid_at_the_size_of_its_example(name, form):
 
 
 @every_name
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_fusing_folds_every_norm_and_keeps_the_output(name, form, settle):
-    model = settle(build(name, form))
+    # Of the classifier all blocks, since errors of rounding grow with them.
+    model = settle(timm.create_model(name) if form == "classifier" else make(name, form))
     x = image(97, 131)
     with torch.no_grad():
         before = as_list(model(x))
@@ -631,37 +706,53 @@ def check_ten_sizes(model, training):
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-# What differs from one form to the next is the zoo's, not the family's: all of them by default for
-# the first family alone, since symbolic sizes take seconds to trace.
-COMPILED = [("classifier", True), ("getter", False)]
+# What differs from one form to the next is the zoo's, not the family's, and from one variant to the
+# next numbers alone: two forms of each family's smallest variant by default, all of them in the
+# slow tests, and one of every other variant. Symbolic sizes take tens of seconds to trace.
+FIRST = "cas_vit_xs"
+SMALLEST = set(smallest_of_families().values())
 
 
-def compiled_forms():
-    for parameters in variants_of_families():
+def some_of(combinations, by_default, of_designs, of_others, make_id):
+    """Parameters name, *combination: which of them a variant is held to, and when."""
+    for parameters in variants_of_families(every_design=True):
         (name,) = parameters.values
-        for form, training in itertools.product(MAIN_FORMS, (False, True)):
-            is_default = name == "cas_vit_xs" or (form, training) in COMPILED
-            marks = parameters.marks or (() if is_default else pytest.mark.slow)
-            mode = "training" if training else "inference"
-            yield pytest.param(name, form, training, marks=marks, id=f"{mode}-{form}-{name}")
+        for combination in combinations if name in SMALLEST else of_others:
+            of_name = by_default if name in SMALLEST else of_designs
+            is_default = not parameters.marks and combination in of_name
+            marks = () if is_default else pytest.mark.slow
+            test_id = f"{make_id(*combination)}-{name}"
+            yield pytest.param(name, *combination, marks=marks, id=test_id)
 
 
-@pytest.mark.parametrize("name, form, training", list(compiled_forms()))
+COMPILED = some_of(
+    list(itertools.product(MAIN_FORMS, (False, True))),
+    by_default=[("classifier", True), ("getter", False)],
+    of_designs=[],
+    of_others=[("classifier", True)],
+    make_id=lambda form, training: f"{'training' if training else 'inference'}-{form}",
+)
+
+
+@pytest.mark.parametrize("name, form, training", list(COMPILED))
 def test_ten_sizes_compile_into_two_graphs_at_most(name, form, training):
-    check_ten_sizes(build(name, form, **ONE_BLOCK), training)
+    check_ten_sizes(build(name, form, **fewest_blocks(name)), training)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", smallest_of_families().values())
+@pytest.mark.parametrize("name", sorted(SMALLEST))
 def test_ten_sizes_of_all_blocks_compile_into_two_graphs_at_most(name):
     check_ten_sizes(timm.create_model(name), training=True)
 
 
 @every_design
-def test_channels_last_images_compile_whole(name):
+@pytest.mark.parametrize(
+    "dynamic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fixed", "dynamic"]
+)
+def test_channels_last_images_compile_whole(name, dynamic):
     torch._dynamo.reset()
-    model = timm.create_model(name, **ONE_BLOCK).eval()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    model = timm.create_model(name, **fewest_blocks(name)).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     x = image(33, 65).to(memory_format=torch.channels_last)
     with torch.no_grad():
         assert relative_error(compiled(x), model(x)) < 1e-5
@@ -673,14 +764,14 @@ def test_channels_last_images_compile_whole(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name == "cas_vit_xs" else pytest.mark.slow)
-        for name in smallest_of_families().values()
+        pytest.param(name, marks=() if name == FIRST else pytest.mark.slow)
+        for name in sorted(SMALLEST)
     ],
 )
 def test_inductor_gives_the_same_maps_and_gradients(name):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = timm.create_model(name, features_only=True, **ONE_BLOCK).train()
+    model = timm.create_model(name, features_only=True, **fewest_blocks(name)).train()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for size in [(65, 97), (128, 64)]:
         x = image(*size, batch=2)
@@ -691,6 +782,18 @@ def test_inductor_gives_the_same_maps_and_gradients(name):
 
 
 # Export
+
+
+def check_other_devices(path, outputs):
+    """Move an exported program to the meta device, and run it there at another size."""
+    with open(path, "rb") as file:
+        program = torch.export.load(file)
+    assert not [n for n in program.graph.nodes if "mkldnn" in str(n.target)]
+    moved = as_list(
+        move_to_device_pass(program, "meta").module()(torch.empty(3, 3, 70, 99, device="meta"))
+    )
+    for m, output in zip(moved, outputs, strict=True):
+        assert m.device.type == "meta" and m.shape[:2] == (3, output.shape[1])
 
 
 def check_export(model, export_format, path):
@@ -710,6 +813,8 @@ def check_export(model, export_format, path):
         assert not path.exists()
     else:
         export(model, path, **options)
+        if not is_onnx:
+            check_other_devices(path, as_list(model(image(64, 96))))
         exported = (export_files.load_onnx if is_onnx else export_files.load_program)(path)
         for batch, size in ((1, (97, 131)), (3, (320, 224))):
             x = image(*size, batch=batch)
@@ -719,30 +824,26 @@ def check_export(model, export_format, path):
                 assert relative_error(o, e) < 1e-3, size
 
 
-@every_name
-@pytest.mark.parametrize("form", ["classifier", "getter"])
-@pytest.mark.parametrize("export_format", list(export_files.SUFFIXES))
-def test_it_is_exported_for_any_batch_and_size(name, form, export_format, settle, tmp_path):
-    check_export(settle(build(name, form, **ONE_BLOCK)), export_format, tmp_path / "exported")
+EXPORTED = some_of(
+    list(itertools.product(export_files.SUFFIXES, ("classifier", "getter"))),
+    by_default=[("onnx", "classifier"), ("torch_export", "getter")],
+    of_designs=[("torch_export", "getter")],
+    of_others=[("onnx", "getter"), ("torch_export", "getter")],
+    make_id=lambda export_format, form: f"{export_format}-{form}",
+)
+
+
+@pytest.mark.parametrize("name, export_format, form", list(EXPORTED))
+def test_it_is_exported_for_any_batch_and_size(name, export_format, form, settle, tmp_path):
+    model = settle(build(name, form, **fewest_blocks(name)))
+    check_export(model, export_format, tmp_path / "exported")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", smallest_of_families().values())
+@pytest.mark.parametrize("name", sorted(SMALLEST))
 @pytest.mark.parametrize("export_format", list(export_files.SUFFIXES))
 def test_all_its_blocks_are_exported(name, export_format, settle, tmp_path):
     check_export(settle(timm.create_model(name)), export_format, tmp_path / "exported")
-
-
-@every_design
-def test_programs_run_on_other_devices(name):
-    model = build(name, "classifier", **ONE_BLOCK).eval()
-    if export_files.reason_against(model, "torch_export") is not None:
-        pytest.skip("not exported, to which the test above holds it")
-    program = export_files.trace(model, size=(64, 96), dynamic=True)
-    assert not [n for n in program.graph.nodes if "mkldnn" in str(n.target)]
-    moved = move_to_device_pass(program, "meta").module()
-    logits = moved(torch.empty(3, 3, 70, 99, device="meta"))
-    assert logits.device.type == "meta" and logits.shape == (3, 1000)
 
 
 class Branching(CASViT):

@@ -4,18 +4,15 @@ The tables below were typed from the papers' repository (its configs and Markdow
 what our configs say.
 """
 
-import math
 import re
 
 import pytest
 import torch
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
-from timm.scheduler import CosineLRScheduler
+from recipes import build, check_that_rates_follow_timm, decay_by_name, rates, rows_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from densezoo.backbones.registry import BACKBONES
-from densezoo.tools.engine.config_files import CONFIG_ROOT, load_config, shipped_configs
+from densezoo.tools.engine.config_files import load_config, shipped_configs
 
 # Model: drop path, top-1.
 FROM_SCRATCH = {
@@ -72,46 +69,6 @@ SCRATCH_CONFIGS = {f"{name}_8xb128_300e_in1k": name for name in FROM_SCRATCH}
 TUNED_CONFIGS = {f"{name}_8xb64_30e_in1k": name for name in FINE_TUNED}
 
 
-def build(cfg):
-    """Build a config's model without memory for its weights."""
-    init_default_scope(cfg.default_scope)
-    with torch.device("meta"):
-        return MODELS.build(cfg.model)
-
-
-def rates(cfg, epoch_length, iterations):
-    """Give the learning rate of each iteration, as mmengine's training loops step schedulers."""
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=cfg.optim_wrapper.optimizer.lr)
-    by_iteration, by_epoch = [], []
-    for options in cfg.param_scheduler:
-        options = dict(options)
-        kind = PARAM_SCHEDULERS.get(options.pop("type"))
-        if options.pop("convert_to_iter_based", False):
-            scheduler = kind.build_iter_from_epoch(
-                optimizer=optimizer, epoch_length=epoch_length, **options
-            )
-        else:
-            scheduler = kind(optimizer, **options)
-        (by_epoch if scheduler.by_epoch else by_iteration).append(scheduler)
-    seen = []
-    for iteration in range(iterations):
-        seen.append(optimizer.param_groups[0]["lr"])
-        for scheduler in by_iteration:
-            scheduler.step()
-        if (iteration + 1) % epoch_length == 0:
-            for scheduler in by_epoch:
-                scheduler.step()
-    return seen
-
-
-def decay_by_name(cfg, model):
-    """{name of a parameter: weight decay} of a config's optimizer."""
-    wrapper = dict(cfg.optim_wrapper, type="OptimWrapper")
-    groups = build_optim_wrapper(model, wrapper).optimizer.param_groups
-    found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    return {name: found[id(p)] for name, p in model.named_parameters()}
-
-
 def test_there_is_a_config_for_every_published_run():
     published = {*DENSE, *SCRATCH_CONFIGS, *TUNED_CONFIGS}
     assert published == {n for n in shipped_configs() if re.search(r"nat|vitrpb", n)}
@@ -146,22 +103,8 @@ def test_training_from_scratch_is_the_published_recipe(config):
 def test_the_rate_of_training_from_scratch_follows_timm_iteration_by_iteration(config, warmup):
     length = 7
     ours = rates(load_config(config), length, 310 * length)
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1e-3)
-    timm_scheduler = CosineLRScheduler(
-        optimizer, t_initial=300 * length, lr_min=5e-6, t_in_epochs=False,
-        warmup_t=warmup * length, warmup_lr_init=1e-6,
-    )  # fmt: skip
     assert ours[0] == pytest.approx(1e-6)
-    for iteration, rate in enumerate(ours):
-        timm_scheduler.step_update(iteration)
-        wanted = optimizer.param_groups[0]["lr"]
-        if iteration < warmup * length:
-            # Ours is a factor on the cosine, and complete an iteration before timm's.
-            wanted *= (1 + math.cos(math.pi * iteration / (300 * length))) / 2
-            step = 1e-3 / (warmup * length)
-            assert rate == pytest.approx(wanted, abs=1.2 * step), iteration
-        else:
-            assert rate == pytest.approx(wanted, rel=5e-4), iteration
+    check_that_rates_follow_timm(ours, length, lr=1e-3, epochs=300, warmup=warmup)
     assert ours[300 * length :] == [pytest.approx(5e-6, rel=1e-3)] * (10 * length)
 
 
@@ -344,27 +287,20 @@ def test_published_macs_of_segmenters_are_those_of_their_side(config, size, publ
     assert counter.get_total_flops() / 2 == pytest.approx(published, rel=5e-3)
 
 
-def _rows(task):
-    """{config: cells} of the tables of a task's page."""
-    text = (CONFIG_ROOT / task / "README.md").read_text()
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    return {row[0].strip("`"): row[1:] for row in rows}
-
-
 def test_the_pages_and_the_registry_say_the_published_figures():
     top1 = {name: row[-1] for name, row in {**FROM_SCRATCH, **FINE_TUNED}.items()}
     registered = {name: BACKBONES[name].weights.published.top1 for name in top1}
     assert registered == {name: (float(figure),) for name, figure in top1.items()}
-    rows = _rows("classification")
+    rows = rows_of("classification")
     for config, name in SCRATCH_CONFIGS.items():
         rate, top1 = FROM_SCRATCH[name]
         assert rows[config] == [top1, str(rate), "224"]
     for config, name in TUNED_CONFIGS.items():
         assert rows[config] == [FINE_TUNED[name][3], "0.35", str(FINE_TUNED[name][0])]
-    rows = _rows("detection")
+    rows = rows_of("detection")
     for head, table in (("mask_rcnn", MASK_RCNN), ("cascade_mask_rcnn", CASCADE)):
         for name, (rate, _, *figures) in table.items():
             assert rows[f"{head}_{name}_fpn_3x_coco"] == [*figures, str(rate)]
-    rows = _rows("segmentation")
+    rows = rows_of("segmentation")
     for name, (rate, _, *figures) in UPERNET.items():
         assert rows[f"upernet_{name}_160k_ade20k"] == [" / ".join(figures), str(rate)]

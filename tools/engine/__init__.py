@@ -13,6 +13,7 @@ from .lazy_parts import (
     RunnerFromConfig,
     durable_checkpoint_hook,
     reseed_hook,
+    self_distillation_hook,
     stop_on_bad_loss_hook,
 )
 from .segmentor import dense_segmentor
@@ -26,6 +27,7 @@ __all__ = [
     "dense_segmentor",
     "durable_checkpoint_hook",
     "reseed_hook",
+    "self_distillation_hook",
     "stop_on_bad_loss_hook",
     "timm_dataset",
     "timm_optimizer",

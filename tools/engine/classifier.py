@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import timm
 import torch
 from mmengine.model import BaseModel
@@ -133,6 +135,8 @@ class ImageClassifier(BaseModel):
         except (TypeError, AssertionError) as error:
             raise ValueError(f"mixup or random_erasing has a wrong argument: {error}") from error
         self.random_erasing = random_erasing
+        # Set by SelfDistillationHook while it is on: (inputs, logits of each head) -> loss.
+        self.distillation: Callable[[Tensor, Sequence[Tensor]], Tensor] | None = None
 
     def init_weights(self) -> None:
         """Load the file of `init_cfg`, if there is one; timm initialised the rest at construction.
@@ -210,5 +214,7 @@ class ImageClassifier(BaseModel):
             inputs, labels = self.mixup(inputs, labels)
         logits = self.backbone(inputs)
         heads = logits if isinstance(logits, tuple) else (logits,)
-        losses = torch.stack([self.criterion(head, labels) for head in heads])
-        return {"loss": losses.mean()}
+        loss = torch.stack([self.criterion(head, labels) for head in heads]).mean()
+        if self.distillation is None:
+            return {"loss": loss}
+        return {"loss_labels": loss, "loss_teacher": self.distillation(inputs, heads)}

@@ -45,6 +45,14 @@ def durable_checkpoint_hook(**options) -> Hook:
     return DurableCheckpointHook(**options)
 
 
+@register_in_mmengine(HOOKS, "SelfDistillationHook")
+def self_distillation_hook(**options) -> Hook:
+    """Build the hook with which a classifier learns from the average of its weights."""
+    from .self_distillation import SelfDistillationHook
+
+    return SelfDistillationHook(**options)
+
+
 @register_in_mmengine(HOOKS, "StopOnBadLossHook")
 def stop_on_bad_loss_hook(**options) -> Hook:
     """Build the hook that ends a run whose loss is no number."""

@@ -1,0 +1,13 @@
+_base_ = "faster_vit_1_8xb128_310e_in1k.py"
+
+custom_hooks = [
+    dict(
+        type="EMAHook",
+        ema_type="ExponentialMovingAverage",
+        momentum=2e-4,
+        interval=4,
+        update_buffers=True,
+    ),
+    dict(type="SelfDistillationHook", weight=1.0, begin_epoch=78),
+]
+model = dict(model_name="faster_vit_2")

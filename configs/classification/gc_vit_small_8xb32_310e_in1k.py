@@ -1,0 +1,15 @@
+_base_ = [
+    "../_base_/datasets/imagenet.py",
+    "../_base_/schedules/gc_vit_8xb32_310e_in1k.py",
+    "../_base_/runtime_classification.py",
+]
+
+train_dataloader = dict(batch_size=32, dataset=dict(transform=dict(interpolation="random")))
+model = dict(
+    type="ImageClassifier",
+    model_name="gc_vit_small",
+    num_classes=1000,
+    drop_path_rate=0.3,
+    mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, label_smoothing=0.1),
+    random_erasing=dict(probability=0.25, mode="pixel"),
+)

@@ -1,0 +1,3 @@
+_base_ = "maxvit_tiny_8xb64_300e_in1k.py"
+
+model = dict(model_name="maxvit_large", drop_path_rate=0.6)

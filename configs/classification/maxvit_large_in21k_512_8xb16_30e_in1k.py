@@ -1,0 +1,7 @@
+_base_ = "maxvit_tiny_512_8xb16_30e_in1k.py"
+
+model = dict(
+    model_name="maxvit_large.in21k_ft_in1k_512",
+    drop_path_rate=0.5,
+    init_cfg=dict(checkpoint="checkpoints/maxvit_large_in21k.pth"),
+)

@@ -1,0 +1,12 @@
+"""GC ViT-large: not published; here the recipe of GC ViT-T."""
+
+_base_ = "cascade_mask_rcnn_gc_vit_tiny_fpn_3x_coco.py"
+
+model = dict(
+    backbone=dict(
+        model_name="gc_vit_large",
+        drop_path_rate=0.5,
+        init_cfg=dict(checkpoint="checkpoints/gc_vit_large.pth"),
+    ),
+    neck=dict(in_channels=[192, 384, 768, 1536]),
+)
