@@ -416,7 +416,9 @@ def convert_checkpoint(
         for k in mapped
         if k.endswith(".bias") and k not in own and k.removesuffix("bias") + "weight" in own
     ]
-    if folded:
+    trunk_given = {k for k in mapped if k.startswith(("stem.", "stages."))}
+    strange = trunk_given - own.keys() - set(folded)
+    if folded and 2 * len(strange) < len(trunk_given):  # else of another model altogether
         raise ValueError(
             f"the checkpoint has {folded[0]}, which a model has after fuse() alone: load it into "
             "model.fuse(), or take the checkpoint from before"

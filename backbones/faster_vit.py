@@ -172,17 +172,16 @@ class Grid(NamedTuple):
     @classmethod
     def of(cls, x: torch.Tensor, rows: Length, columns: Length) -> Grid:
         """Describe the carriers of a map (B, H, W, C)."""
-        device = x.device
-        count = _CARRIERS * rows * columns
         wide = _SIDE * columns
         # One axis all along: compilers tell an axis apart whose length may be 1.
-        t = torch.arange(count, device=device)
-        row, column = t // wide, t % wide
-        window = row // _SIDE * columns + column // _SIDE
-        raster = window * _CARRIERS + row % _SIDE * _SIDE + column % _SIDE
-        window, inner = t // _CARRIERS, t % _CARRIERS
-        row = window // columns * _SIDE + inner // _SIDE
-        places = row * wide + window % columns * _SIDE + inner % _SIDE
+        t = torch.arange(_CARRIERS * rows * columns, device=x.device)
+        row, column = _divide(t, wide)
+        (window_row, top), (window_column, left) = _divide(row, _SIDE), _divide(column, _SIDE)
+        raster = (window_row * columns + window_column) * _CARRIERS + top * _SIDE + left
+        window, inner = _divide(t, _CARRIERS)
+        window_row, window_column = _divide(window, columns)
+        top, left = _divide(inner, _SIDE)
+        places = (window_row * _SIDE + top) * wide + window_column * _SIDE + left
         share = None
         if is_open(rows) or is_open(columns) or rows * columns == 1:
             share = (t >= _CARRIERS).any().to(x.dtype)
@@ -195,14 +194,19 @@ class Grid(NamedTuple):
 
     def to_raster(self, carriers: torch.Tensor) -> torch.Tensor:
         """Put together the carriers of each image: (B R S, 4, C) -> (B, 4RS, C), row by row."""
-        count = self.raster.shape[0]
-        return carriers.reshape(self.batch, count, -1).index_select(1, self.raster)
+        shape = (self.batch, self.raster.shape[0])
+        return carriers.flatten(0, 1).unflatten(0, shape).index_select(1, self.raster)
 
     def to_windows(self, carriers: torch.Tensor) -> torch.Tensor:
         """Give each window its carriers: the inverse of `to_raster`."""
-        carriers = carriers.index_select(1, self.places)
-        windows = self.batch * self.rows * self.columns
-        return carriers.reshape(windows, _CARRIERS, carriers.shape[-1])
+        shape = (self.batch * self.rows * self.columns, _CARRIERS)
+        return carriers.index_select(1, self.places).flatten(0, 1).unflatten(0, shape)
+
+
+def _divide(x: torch.Tensor, by: Length) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give quotient and remainder; the operator of remainders takes no symbol in ONNX."""
+    quotient = x // by
+    return quotient, x - quotient * by
 
 
 class CarrierTokens(nn.Module):
@@ -227,10 +231,11 @@ class CarrierTokens(nn.Module):
         counts = [num_windows(length, self.side) for length in x.shape[1:3]]
         x = self.conv(x.permute(0, 3, 1, 2))
         if is_open(counts[0]) or is_open(counts[1]):
-            x = self._averages(self._averages(x, counts[0]).mT, counts[1]).mT
+            x = self._averages(self._averages(x, counts[0]).transpose(2, 3), counts[1])
+            x = x.transpose(2, 3)
         else:
             x = F.avg_pool2d(x, [self._length(n) for n in counts], self.side // _SIDE)
-        return x.flatten(2).mT
+        return x.flatten(2).transpose(1, 2)
 
     def _length(self, count: Length) -> Length:
         """Positions of each average along an axis of `count` windows."""

@@ -47,7 +47,8 @@ from ..layers.conv import PointwiseConv, SqueezeExcite
 from ..layers.linear import Linear
 from ..layers.mlp import Mlp
 from ..layers.rel_pos import RelPosBias, resize_rel_pos_bias
-from ..layers.resolution import crop, is_open, pad_to_windows
+from ..layers.resolution import crop, pad_to_windows
+from ..layers.tracing import is_open
 from ..layers.window_attention import WindowAttention, attend, merge, partition
 from .base import ChannelsLastStage, ClassifierHead, HierarchicalBackbone, check_arguments
 from .registry import Published, Weights, register_backbones
@@ -186,9 +187,10 @@ class GlobalAttention(nn.Module):
             (B', N, C).
         """
         key, value = self.kv(windows).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        times = windows.shape[0] // query.shape[0]
-        if is_open(times) or query.shape[0] > 1:
-            query = query.repeat_interleave(times, dim=0)
+        images, times = query.shape[0], windows.shape[0] // query.shape[0]
+        if is_open(times) or images > 1:
+            image = torch.arange(windows.shape[0], device=windows.device) // times
+            query = query.index_select(0, image)
         else:
             query = query.expand(times, -1, -1, -1)  # no copy
         return self.proj(attend(query.to(key.dtype), key, value, self.rel_pos_bias(), scale=1.0))

@@ -50,8 +50,8 @@ from ..layers.conv import (
 )
 from ..layers.mlp import Mlp
 from ..layers.rel_pos import resize_rel_pos_bias
-from ..layers.resolution import crop, is_open, pad_to_windows, real_tokens
-from ..layers.window_attention import WindowAttention, merge, partition
+from ..layers.resolution import attend_to_real_tokens, is_open
+from ..layers.window_attention import WindowAttention
 from .base import (
     ChannelsLastStage,
     ClassifierHead,
@@ -177,6 +177,8 @@ class Stem(nn.Module):
         self.conv2 = SameConv(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Channels-last memory from here on, which attention needs and convolutions keep.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if is_foldable(x, self.conv1, self.norm1):
             return self.conv2(self.conv1.forward_with_norm_and_gelu(x, self.norm1))
         return self.conv2(F.gelu(self.norm1(self.conv1(x)), approximate="tanh"))
@@ -259,7 +261,6 @@ class PartitionAttention(nn.Module):
         is_grid: bool,
     ) -> None:
         super().__init__()
-        self.window_size = window_size
         self.is_grid = is_grid
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window_size)
@@ -268,22 +269,9 @@ class PartitionAttention(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self._attend(self.norm1(x)))
+        y = attend_to_real_tokens(self.norm1(x), self.attn, is_grid=self.is_grid)
+        x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        size, is_grid = self.window_size, self.is_grid
-        height, width = x.shape[1:3]
-        is_whole = not (is_open(height) or is_open(width)) and not (
-            height % size[0] or width % size[1]
-        )
-        mask = None
-        if not is_whole:
-            mask = real_tokens(height, width, size, is_grid=is_grid, device=x.device)
-            x = pad_to_windows(x, size)
-        windows = self.attn(partition(x, size, is_grid=is_grid), mask)
-        x = merge(windows, size, *x.shape[1:3], is_grid=is_grid)
-        return x if is_whole else crop(x, height, width)
 
     def set_window_size(self, size: tuple[int, int]) -> None:
         """Change the window, and resize the table of bias to it."""
@@ -291,10 +279,10 @@ class PartitionAttention(nn.Module):
         sides = tuple(2 * side - 1 for side in size)
         table = resize_rel_pos_bias(bias.table.detach(), sides, "bilinear")
         bias.table = nn.Parameter(table, bias.table.requires_grad)
-        self.window_size = bias.window_size = size
+        bias.window_size = size
 
     def extra_repr(self) -> str:
-        return f"window_size={self.window_size}, is_grid={self.is_grid}"
+        return f"is_grid={self.is_grid}"
 
 
 class Block(nn.Module):

@@ -10,26 +10,10 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .arguments import check_whole_number
-
-
-def is_plain_inference() -> bool:
-    """Whether operators run as they are called and nothing records or transforms them.
-
-    False under autograd, compilers, exporters, tracing, function transforms, forward-mode
-    derivatives and dispatch modes (counters, fake tensors), which are to see plain operators.
-    """
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
+from .tracing import is_plain_inference
 
 
 def prefers_channels_last(x: torch.Tensor) -> bool:

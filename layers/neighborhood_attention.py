@@ -12,7 +12,8 @@ from torch import nn
 from ..kernels import neighborhood_attention
 from .arguments import check_whole_number
 from .linear import Linear
-from .resolution import crop, larger, pad_axis
+from .resolution import crop, pad_axis
+from .tracing import larger
 
 
 class NeighborhoodAttention(nn.Module):

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .arguments import check_whole_number
-from .conv import is_plain_inference
 from .linear import Linear
+from .tracing import is_plain_inference
 
 # Values of a result above which it is not kept, 4 MiB of float32: attention of so many tokens
 # costs many times what looking up their biases does.

@@ -13,24 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from .conv import is_plain_inference
+from .tracing import Length, is_open, is_plain_inference
 from .window_attention import WindowAttention, merge, partition
-
-# A length of an axis: a symbol where a program is traced for more than one.
-Length = int | torch.SymInt
-
-
-def is_open(length: Length) -> bool:
-    """Whether a program is traced for more lengths of an axis than this one."""
-    return isinstance(length, torch.SymInt) or torch.compiler.is_dynamo_compiling()
-
-
-def larger(length: Length, least: int) -> Length:
-    """Give the larger of two lengths, without a branch where one is a symbol."""
-    # Dynamo takes max for sym_max, and fails at the latter (torch 2.6) where it is constant.
-    if isinstance(length, torch.SymInt) and not torch.compiler.is_dynamo_compiling():
-        return torch.sym_max(length, least)
-    return max(length, least)
 
 
 def num_windows(length: Length, side: int) -> Length:
@@ -96,6 +80,7 @@ def crop(x: torch.Tensor, height: Length, width: Length) -> torch.Tensor:
 
 
 def real_tokens(
+    batch: Length,
     height: Length,
     width: Length,
     size: tuple[int, int],
@@ -103,24 +88,24 @@ def real_tokens(
     is_grid: bool = False,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Tell the tokens of a padded map's windows from what padding added.
+    """Tell the tokens of padded maps' windows from what padding added.
 
     Args:
-        height: rows of the map before `pad_to_windows`.
-        width: columns of the map before it.
+        batch: maps B.
+        height: rows of a map before `pad_to_windows`.
+        width: columns of a map before it.
         size: rows and columns of tokens in a window, (P_r, P_c).
         is_grid: as in `partition`.
         device: where the result is to be.
 
     Returns:
-        (windows, P_r * P_c) bool, in the order of `partition`: True where a token is the map's.
+        (B * windows, P_r * P_c) bool, in the order of `partition`: True where a token is a map's.
     """
-    rows, columns = (
-        torch.arange(num_windows(length, side) * side, device=device) < length
-        for length, side in zip((height, width), size, strict=True)
-    )
-    is_real = rows[:, None] & columns
-    return partition(is_real[None, :, :, None], size, is_grid=is_grid)[:, :, 0]
+    padded = [num_windows(n, side) * side for n, side in zip((height, width), size, strict=True)]
+    rows, columns = (torch.arange(n, device=device) for n in padded)
+    is_real = (rows < height)[:, None] & (columns < width)
+    is_real = is_real.flatten().repeat(batch).unflatten(0, (batch, *padded))
+    return partition(is_real[..., None], size, is_grid=is_grid)[:, :, 0]
 
 
 def attend_to_real_tokens(
@@ -147,7 +132,7 @@ def attend_to_real_tokens(
             return merge(windows, size, height, width, is_grid=is_grid)
         if is_plain_inference():
             return _attend_by_kinds(x, attention, is_grid)
-    mask = real_tokens(height, width, size, is_grid=is_grid, device=x.device)
+    mask = real_tokens(*x.shape[:3], size, is_grid=is_grid, device=x.device)
     x = pad_to_windows(x, size)
     windows = attention(partition(x, size, is_grid=is_grid), mask)
     x = merge(windows, size, *x.shape[1:3], is_grid=is_grid)

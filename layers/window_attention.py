@@ -6,6 +6,8 @@ queries and M keys of a window. All maps are NHWC.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from .arguments import check_whole_number
 from .linear import Linear, in_pieces
 from .rel_pos import RelPosBias
+from .tracing import Length, is_open
 
 # Values of queries, keys and values that are held at a time, in CPU inference: up to 32 MiB of
 # float32 in one piece, which is fastest, and otherwise in pieces of 2 MiB.
@@ -33,7 +36,12 @@ def partition(x: torch.Tensor, size: tuple[int, int], *, is_grid: bool = False) 
         (B * windows, P_r * P_c, C): all windows of an image before the next image's, windows and
         their tokens row by row.
     """
+    batch, height, width = x.shape[:3]
     rows, columns = size
+    if is_open(height) or is_open(width):
+        x = x.flatten(0, 2).index_select(0, _order_of_windows(x.shape[:3], size, is_grid, x.device))
+        num_windows = batch * (height // rows) * (width // columns)
+        return x.unflatten(0, (num_windows, rows * columns))
     if is_grid:  # axes: 1 token row, 2 window row, 3 token column, 4 window column
         x = x.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
     else:  # axes: 1 window row, 2 token row, 3 window column, 4 token column
@@ -62,9 +70,63 @@ def merge(
         (B, height, width, C).
     """
     rows, columns = size
+    if is_open(height) or is_open(width):
+        x = windows.flatten(0, 1)
+        shape = x.shape[0] // (height * width), height, width
+        x = x.index_select(0, _order_of_map(shape, size, is_grid, x.device))
+        return x.unflatten(0, shape)
     x = windows.reshape(-1, height // rows, width // columns, rows, columns, windows.shape[-1])
     x = x.permute(0, 3, 1, 4, 2, 5) if is_grid else x.permute(0, 1, 3, 2, 4, 5)
     return x.reshape(-1, height, width, x.shape[-1])
+
+
+# Views would be other graphs where there is one window along an axis. These orders are computed on
+# one axis, that of all tokens, which is never of length 1 without being the map.
+
+
+def _order_of_windows(
+    shape: Sequence[Length], size: tuple[int, int], is_grid: bool, device: torch.device
+) -> torch.Tensor:
+    """Give the position in maps, row by row, of each token of their windows: (B * H * W,)."""
+    batch, height, width = shape
+    rows, columns = size
+    across, down = width // columns, height // rows  # windows of a map
+    position = torch.arange(batch * height * width, device=device)
+    window, token = _divmod(position, rows * columns)
+    image, window = _divmod(window, down * across)
+    token_row, token_column = _divmod(token, columns)
+    window_row, window_column = _divmod(window, across)
+    if is_grid:
+        row, column = token_row * down + window_row, token_column * across + window_column
+    else:
+        row, column = window_row * rows + token_row, window_column * columns + token_column
+    return (image * height + row) * width + column
+
+
+def _order_of_map(
+    shape: Sequence[Length], size: tuple[int, int], is_grid: bool, device: torch.device
+) -> torch.Tensor:
+    """Give the position in windows of each token of maps, row by row: (B * H * W,)."""
+    batch, height, width = shape
+    rows, columns = size
+    across, down = width // columns, height // rows
+    position = torch.arange(batch * height * width, device=device)
+    row, column = _divmod(position, width)
+    image, row = _divmod(row, height)
+    if is_grid:
+        token_row, window_row = _divmod(row, down)
+        token_column, window_column = _divmod(column, across)
+    else:
+        window_row, token_row = _divmod(row, rows)
+        window_column, token_column = _divmod(column, columns)
+    window = (image * down + window_row) * across + window_column
+    return (window * rows + token_row) * columns + token_column
+
+
+def _divmod(x: torch.Tensor, by: Length) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide with a remainder, in operators that ONNX has for symbols too."""
+    quotient = x // by
+    return quotient, x - quotient * by
 
 
 def attend(
@@ -95,8 +157,10 @@ def attend(
             query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
             weights = (query @ key.transpose(2, 3) + bias).softmax(-1)
             return (weights @ value).transpose(1, 2).flatten(2)
-    x = F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
-    return x.transpose(1, 2).flatten(2)
+    x = F.scaled_dot_product_attention(query, key, value, bias, scale=scale).transpose(1, 2)
+    if is_open(x.shape[1]):  # ONNX's has other strides than the one that is traced: no view
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.flatten(2)
 
 
 def _is_fused_nowhere(query: torch.Tensor) -> bool:
@@ -152,7 +216,7 @@ class WindowAttention(nn.Module):
 
         Args:
             windows: (B', N, C).
-            mask: (windows of an image, N) bool, True where a token is attended to; None for all.
+            mask: (B', N) bool, True where a token is attended to; None for all.
             size: rows and columns of tokens in these windows, if they are smaller.
 
         Returns:
@@ -160,10 +224,8 @@ class WindowAttention(nn.Module):
         """
         bias = self.rel_pos_bias(size)
         if mask is not None:
-            is_hidden = ~mask[:, None, None]  # (windows of an image, 1, 1, N)
-            bias = bias.masked_fill(is_hidden, float("-inf"))
-            bias = bias.repeat(windows.shape[0] // mask.shape[0], 1, 1, 1)
-            return self._attend(windows, bias)
+            # (B', heads, N, N)
+            return self._attend(windows, bias.masked_fill(~mask[:, None, None], float("-inf")))
         return in_pieces(
             lambda part: self._attend(part, bias),
             windows,

@@ -8,7 +8,8 @@ kind) and what the official model answers in float64 when its checkpoint holds t
   in it as zero, "derived" is computed by the model and not in it;
 - `nest` is the top-level key (dotted, may be empty) of the published file's state dict;
 - `mode` "classification" has logits and stage maps, "dense" stage maps alone;
-- `weights.rescale` multiplies entries by the ending of their name.
+- `weights` changes entries by the ending of their name: `rescale` multiplies, `negative_abs` takes
+  minus the magnitude.
 """
 
 import functools
@@ -48,7 +49,11 @@ def load_cases(folder=DATA):
         case_file = json.loads(path.read_text())
         for case in case_file["cases"]:
             size = "x".join(map(str, case["input"][2:]))
-            cases[f"{path.stem}-{case['mode']}-{size}-{case['seed']}"] = (case_file, case)
+            name = f"{path.stem}-{case['mode']}-{size}-{case['seed']}"
+            # Further ones of a size differ in arguments, weights or number of images.
+            further = sum(known == name or known.startswith(f"{name}-") for known in cases)
+            name += f"-{further + 1}" if further else ""
+            cases[name] = (case_file, case)
     return cases
 
 

@@ -25,7 +25,14 @@ def run(script, blocked=()):
 
 
 @pytest.mark.parametrize(
-    "blocked", [("triton",), ("mmcv",), ("mmengine",), ("triton", "mmcv", "mmengine")], ids="-".join
+    "blocked",
+    [
+        pytest.param(("triton",), marks=pytest.mark.slow),
+        pytest.param(("mmengine",), marks=pytest.mark.slow),
+        ("mmcv",),
+        ("triton", "mmcv", "mmengine"),
+    ],
+    ids="-".join,
 )
 def test_it_works_silently_without_optional_packages(blocked):
     result = run(
@@ -41,11 +48,20 @@ assert [tuple(m.shape[2:]) for m in maps] == [(9, 17), (5, 9), (3, 5), (2, 3)]
     assert result.stdout == result.stderr == ""
 
 
-@pytest.mark.parametrize("first, second", [("mmengine", "densezoo"), ("densezoo", "mmengine")])
-def test_the_adapter_is_registered_whichever_import_comes_first(first, second):
+# As timm alone would, densezoo imports no heavy package.
+LIGHT = """
+import sys, timm, densezoo
+heavy = {"mmcv", "mmdet", "mmseg", "sklearn", "matplotlib", "onnx", "fvcore", "datasets"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("first", ["mmengine", "densezoo"])
+def test_the_adapter_is_registered_whichever_import_comes_first_and_the_import_is_light(first):
     result = run(
         f"""
-import {first}, {second}
+{LIGHT if first == "densezoo" else ""}
+import mmengine, densezoo
 from mmengine.registry import MODELS, Registry
 assert MODELS.get("DenseBackbone").__name__ == "DenseBackbone"
 assert MODELS.get("ImageClassifier") is not None
@@ -56,29 +72,15 @@ assert child.get("DenseBackbone") is MODELS.get("DenseBackbone")
     assert result.stdout == result.stderr == ""
 
 
-def test_it_imports_no_heavy_package():
-    run(
-        """
-import sys, timm, densezoo
-heavy = {"mmcv", "mmdet", "mmseg", "sklearn", "matplotlib", "onnx", "fvcore", "datasets"}
-assert not heavy & set(sys.modules), heavy & set(sys.modules)
-"""
-    )
-
-
 def test_it_costs_at_most_300_ms_over_timm():
     """Processor time, least of three: other work on the machine is not ours."""
-    times = [
-        float(
-            run(
-                """
+    script = """
 import time, timm
 start = time.process_time()
 import densezoo
 print(time.process_time() - start)
 """
-            ).stdout
-        )
-        for _ in range(3)
-    ]
+    times = []
+    while len(times) < 3 and not any(time <= 0.3 for time in times):
+        times.append(float(run(script).stdout))
     assert min(times) <= 0.3, times

@@ -4,12 +4,16 @@ By hand, from the root of the checkout; further arguments go to pytest:
 
     python tests/timm_suite.py
     python tests/timm_suite.py -x -k "cas_vit_xs and backward"
+    TIMM_SUITE_NAMES=nat_mini,dinat_mini python tests/timm_suite.py
+
+Without names all are tested but those of more than 130 M parameters, which take a machine's memory.
 
 The tests are those of the source distribution of the installed timm, unmodified; pip fetches it
 once into .cache (or TIMM_SDIST names the file). As a plugin of pytest this module makes timm list
 the zoo's models alone, whatever filter a test asks for, and leaves out what is not for them.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -24,6 +28,8 @@ import densezoo
 CACHE = Path(__file__).parent.parent / ".cache"
 # TorchScript is not promised; the others need files of the hub, or other kinds of models.
 LEFT_OUT = ("torchscript", "pretrained", "inference", "naflex")
+MOST_PARAMETERS = 130_000_000
+NAMES = "TIMM_SUITE_NAMES"  # environment variable
 
 
 def fetch_tests() -> Path:
@@ -54,10 +60,20 @@ def run(arguments: list[str]) -> int:
     return subprocess.run(command, cwd=tests.parent, env=environment).returncode
 
 
+@functools.cache
+def names_to_test() -> list[str]:
+    """List the names that the environment asks for, or those of models that are not too large."""
+    if os.environ.get(NAMES):
+        return os.environ[NAMES].split(",")
+    models = {name: timm.create_model(name, device="meta") for name in densezoo.list_backbones()}
+    sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
+    return [name for name, size in sizes.items() if size <= MOST_PARAMETERS]
+
+
 def _list_models(filter: str | list[str] = "", **options) -> list[str]:
     """List the zoo's models that match a filter, as `timm.list_models` does with every model."""
     filters = [filter] if isinstance(filter, str) else filter
-    names = densezoo.list_backbones()
+    names = names_to_test()
     return [n for n in names if any(fnmatch(n, f) for f in filters if f) or not any(filters)]
 
 
@@ -67,7 +83,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(config, items) -> None:
     """Leave out the tests of timm's own models, and those that are not for the zoo's."""
-    names = set(densezoo.list_backbones())
+    names = set(names_to_test())
     ours = [
         item
         for item in items

@@ -92,7 +92,8 @@ def rename_dino(
     state = {key: value for key, value in state.items() if key not in repeated}
     renamed = map_keys(state, [*_own_rules(model), *_RULES])
     dims = [info["num_chs"] for info in trunk.feature_info]
-    renamed = {_place_norm(key, renamed, dims): value for key, value in renamed.items()}
+    stages = _find_norms(renamed, dims)
+    renamed = {_place_norm(key, stages): value for key, value in renamed.items()}
 
     notes = []
     num_classes = model.bbox_head.num_classes
@@ -128,13 +129,21 @@ def _own_rules(model: nn.Module) -> KeyRules:
     ]
 
 
-def _place_norm(key: str, state: Mapping[str, Tensor], dims: list[int]) -> str:
-    """Name an entry ``backbone.norm{k}.*`` after the stage whose width the norm has."""
-    norm = re.fullmatch(r"backbone\.(norm\d)\.(\w+)", key)
-    if norm is None:
-        return key
-    width = len(state[f"backbone.{norm[1]}.weight"])
-    return f"backbone.out_norms.{dims.index(width)}.{norm[2]}" if width in dims else key
+def _find_norms(state: Mapping[str, Tensor], dims: list[int]) -> dict[str, int]:
+    """Find the stages that the norms ``backbone.norm{k}.`` are of, by their widths."""
+    stages = {}
+    for key, value in state.items():
+        norm = re.match(r"backbone\.norm\d\.", key)
+        if norm and value.ndim == 1 and len(value) in dims:
+            stages[norm[0]] = dims.index(len(value))
+    return stages
+
+
+def _place_norm(key: str, stages: Mapping[str, int]) -> str:
+    """Name an entry of an output's norm after its stage; others keep their names."""
+    norm, _, entry = key.rpartition(".")
+    stage = stages.get(f"{norm}.")
+    return key if stage is None else f"backbone.out_norms.{stage}.{entry}"
 
 
 def _spread_frequencies(weight: Tensor) -> Tensor:

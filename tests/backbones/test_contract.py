@@ -61,16 +61,54 @@ from densezoo.tools.count_macs import count_macs
 
 every_name = pytest.mark.parametrize("name", variants_of_families())
 every_design = pytest.mark.parametrize("name", variants_of_families(every_design=True))
-every_name_by_shape = pytest.mark.parametrize("name", variants_by_shape())
+every_name_by_shape = pytest.mark.parametrize("name", [p.values[0] for p in variants_by_shape()])
 runnable = {p.values[0] for p in variants_of_families()}
 SIZES = [(224, 224), (97, 131), (33, 200)]
 LARGE_SIZES = [(256, 320), (480, 640)]
 # As many pixels as 64 x 64, and on maps of stride 16 more than one window of 7 x 7.
 WIDE = (32, 128)
 MAIN_FORMS = ["classifier", "getter", "dense"]
-every_form = pytest.mark.parametrize("form", FORMS)
-main_forms = pytest.mark.parametrize("form", MAIN_FORMS)
 SUBSETS = [s for n in (1, 2, 3, 4) for s in itertools.combinations(range(4), n)]
+
+
+# The first family is held to more by default of what is the zoo's code and not the family's.
+FIRST = "cas_vit_xs"
+SMALLEST = set(smallest_of_families().values())
+
+
+def some_of(combinations, by_default, of_first, of_designs, of_others, make_id):
+    """Parameters name, *combination: which of them a variant is held to, and when.
+
+    Args:
+        combinations: what the smallest variant of each family is held to.
+        by_default: which of them unmarked.
+        of_first: which of them unmarked for the first family besides.
+        of_designs: which of them unmarked for the smallest of a family's other classes.
+        of_others: what any other variant is held to, in the slow tests.
+        make_id: from a combination to the beginning of a test's id.
+    """
+    for parameters in variants_of_families(every_design=True):
+        (name,) = parameters.values
+        unmarked = by_default if name in SMALLEST else of_designs
+        unmarked = [*unmarked, *(of_first if name == FIRST else ())]
+        for combination in combinations if name in SMALLEST else of_others:
+            is_default = not parameters.marks and combination in unmarked
+            marks = () if is_default else pytest.mark.slow
+            test_id = f"{make_id(*combination)}-{name}"
+            yield pytest.param(name, *combination, marks=marks, id=test_id)
+
+
+def in_forms(forms, of_others):
+    """A test's parameters name and form: `forms` of the smallest variants, those of the others."""
+    params = some_of(
+        [(form,) for form in forms],
+        by_default=[(form,) for form in forms],
+        of_first=[],
+        of_designs=[],
+        of_others=[(form,) for form in of_others],
+        make_id=str,
+    )
+    return pytest.mark.parametrize("name, form", list(params))
 
 
 def create(name, **kwargs):
@@ -126,8 +164,17 @@ def test_every_form_gives_the_same_maps_of_all_its_blocks(name):
     check_maps(name, [(97, 131)], equal_arguments(name))
 
 
-@every_name
-@pytest.mark.parametrize("out_indices", [(3, 0), (-1, 1), (2,), 2], ids=str)
+ORDERED = some_of(
+    [((3, 0),), ((-1, 1),), ((2,),), (2,)],
+    by_default=[((3, 0),), (2,)],
+    of_first=[((-1, 1),), ((2,),)],
+    of_designs=[],
+    of_others=[((3, 0),)],
+    make_id=str,
+)
+
+
+@pytest.mark.parametrize("name, out_indices", list(ORDERED))
 def test_every_form_gives_the_maps_asked_for_in_that_order(name, out_indices):
     reference = create(name).eval()
     x = image(97, 131)
@@ -334,17 +381,19 @@ def test_macs_are_the_published_ones_to_their_last_digit_and_none_is_uncounted(n
 # Gradients and memory
 
 
-@every_name
-@pytest.mark.parametrize(
-    "form, subsets",
-    [
-        ("dense", SUBSETS),
-        # A `DenseBackbone` has this one within, with the same stages.
-        ("getter", [s for s in SUBSETS if len(s) in (1, 4)]),
-        pytest.param("getter", [s for s in SUBSETS if len(s) in (2, 3)], marks=pytest.mark.slow),
-    ],
-    ids=["dense", "getter", "getter-several"],
+# One stage or all of them, and two or three; a `DenseBackbone` has a getter of its stages within.
+FEW, SEVERAL = ([s for s in SUBSETS if (len(s) in (1, 4)) is is_few] for is_few in (True, False))
+CHOSEN = some_of(
+    list(itertools.product(("dense", "getter"), (FEW, SEVERAL))),
+    by_default=[("dense", FEW)],
+    of_first=[("dense", SEVERAL), ("getter", FEW)],
+    of_designs=[],
+    of_others=[("dense", FEW)],
+    make_id=lambda form, subsets: f"{form}-{'few' if subsets == FEW else 'several'}",
 )
+
+
+@pytest.mark.parametrize("name, form, subsets", list(CHOSEN))
 def test_gradients_reach_every_parameter_for_every_choice_of_stages(name, form, subsets):
     x = image(*WIDE, batch=2)
     for out_indices in subsets:
@@ -363,8 +412,7 @@ def test_gradients_reach_every_parameter_of_the_classifier(name):
     assert without_gradient(model) == []
 
 
-@every_name
-@main_forms
+@in_forms(MAIN_FORMS, of_others=["dense"])
 def test_checkpointing_changes_neither_output_nor_gradient_nor_statistics(name, form):
     x = image(*WIDE, batch=2)
     results = []
@@ -389,7 +437,7 @@ def test_checkpointing_lowers_the_peak_of_memory_by_a_quarter_and_more(name):
         model = create(name, features_only=True).train()
         model.set_grad_checkpointing(enable)
         with PeakMemory() as memory:
-            loss_of(model(image(224, 224, batch=2))).backward()
+            loss_of(model(image(224, 224, batch=4))).backward()
         peaks.append(memory.peak)
     # Of two blocks a stage one is held at a time, and the gradients of the weights are.
     assert peaks[1] < 0.75 * peaks[0]
@@ -496,8 +544,7 @@ def test_image_channels_are_an_argument(name):
         model(image(64, 64))
 
 
-@every_name
-@main_forms
+@in_forms(MAIN_FORMS, of_others=["classifier"])
 def test_pretrained_weights_fit_grey_images_and_those_of_four_channels(name, form, tmp_path):
     path = str(tmp_path / "weights.pth")
     checkpoint, arguments = official_checkpoint(name)
@@ -573,8 +620,7 @@ def test_bfloat16_costs_little_more_than_rounding_weights_and_image(name, how, s
         assert rms_error(r, e) < 2 * math.sqrt(6) * rms_error(i, e) + 2**-8
 
 
-@every_name
-@main_forms
+@in_forms(MAIN_FORMS, of_others=["dense"])
 def test_gradients_pass_through_autocast_to_bfloat16(name, form):
     torch.manual_seed(0)
     model = make(name, form).train()
@@ -596,14 +642,18 @@ COPIES = {
 
 
 # What differs from one feature class to the next is how modules are kept, not what they are.
-COPIED = [(form, False) for form in FORMS] + [(form, True) for form in MAIN_FORMS]
-COPIED += [
-    pytest.param(form, True, marks=pytest.mark.slow) for form in FORMS if form not in MAIN_FORMS
-]
+COPIED = some_of(
+    list(itertools.product(FORMS, (False, True))),
+    by_default=[(form, False) for form in ("classifier", "fx", "dense")]
+    + [("classifier", True), ("dense", True)],
+    of_first=[(form, False) for form in FORMS] + [("getter", True)],
+    of_designs=[],
+    of_others=[("classifier", False), ("dense", True)],
+    make_id=lambda form, fused: f"{'fused' if fused else 'plain'}-{form}",
+)
 
 
-@every_name
-@pytest.mark.parametrize("form, fused", COPIED)
+@pytest.mark.parametrize("name, form, fused", list(COPIED))
 def test_copies_give_the_same_outputs_in_either_mode(name, form, fused):
     if form == "dense":
         arguments = dict(frozen_stages=1, norm_eval=True, out_norms="batch_norm")
@@ -626,8 +676,7 @@ def test_copies_give_the_same_outputs_in_either_mode(name, form, fused):
             assert torch.equal(output, expected), (how, training)
 
 
-@every_name
-@main_forms
+@in_forms(MAIN_FORMS, of_others=["classifier"])
 def test_safetensors_files_hold_every_entry_and_load(name, form, tmp_path, settle):
     model = settle(make(name, form))
     path = str(tmp_path / "weights.safetensors")
@@ -651,8 +700,7 @@ def test_safetensors_files_hold_every_entry_and_load(name, form, tmp_path, settl
             assert torch.equal(m, e)
 
 
-@every_name
-@main_forms
+@in_forms(MAIN_FORMS, of_others=["classifier"])
 def test_a_trace_is_valid_at_the_size_of_its_example(name, form):
     model = make(name, form).eval()
     with torch.no_grad():
@@ -662,8 +710,7 @@ def test_a_trace_is_valid_at_the_size_of_its_example(name, form):
             assert relative_error(m, e) < 1e-5
 
 
-@every_name
-@every_form
+@in_forms(FORMS, of_others=["classifier", "dense"])
 def test_fusing_folds_every_norm_and_keeps_the_output(name, form, settle):
     # Of the classifier all blocks, since errors of rounding grow with them.
     model = settle(timm.create_model(name) if form == "classifier" else make(name, form))
@@ -706,28 +753,11 @@ def check_ten_sizes(model, training):
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-# What differs from one form to the next is the zoo's, not the family's, and from one variant to the
-# next numbers alone: two forms of each family's smallest variant by default, all of them in the
-# slow tests, and one of every other variant. Symbolic sizes take tens of seconds to trace.
-FIRST = "cas_vit_xs"
-SMALLEST = set(smallest_of_families().values())
-
-
-def some_of(combinations, by_default, of_designs, of_others, make_id):
-    """Parameters name, *combination: which of them a variant is held to, and when."""
-    for parameters in variants_of_families(every_design=True):
-        (name,) = parameters.values
-        for combination in combinations if name in SMALLEST else of_others:
-            of_name = by_default if name in SMALLEST else of_designs
-            is_default = not parameters.marks and combination in of_name
-            marks = () if is_default else pytest.mark.slow
-            test_id = f"{make_id(*combination)}-{name}"
-            yield pytest.param(name, *combination, marks=marks, id=test_id)
-
-
+# Symbolic sizes take tens of seconds to trace.
 COMPILED = some_of(
     list(itertools.product(MAIN_FORMS, (False, True))),
     by_default=[("classifier", True), ("getter", False)],
+    of_first=[("dense", False)],
     of_designs=[],
     of_others=[("classifier", True)],
     make_id=lambda form, training: f"{'training' if training else 'inference'}-{form}",
@@ -827,6 +857,7 @@ def check_export(model, export_format, path):
 EXPORTED = some_of(
     list(itertools.product(export_files.SUFFIXES, ("classifier", "getter"))),
     by_default=[("onnx", "classifier"), ("torch_export", "getter")],
+    of_first=[],
     of_designs=[("torch_export", "getter")],
     of_others=[("onnx", "getter"), ("torch_export", "getter")],
     make_id=lambda export_format, form: f"{export_format}-{form}",

@@ -193,8 +193,15 @@ def test_it_trains_recomputes_copies_compiles_and_traces(name):
         assert relative_error(compiled(x), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["dinat_isotropic_small", "vitrpb_small"])
-@pytest.mark.parametrize("export_format", list(export_files.SUFFIXES))
+@pytest.mark.parametrize(
+    "name, export_format",
+    [
+        ("dinat_isotropic_small", "onnx"),
+        ("vitrpb_small", "torch_export"),
+        pytest.param("dinat_isotropic_small", "torch_export", marks=pytest.mark.slow),
+        pytest.param("vitrpb_small", "onnx", marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_exported_at_any_size_or_at_its_own(name, export_format, tmp_path):
     if export_format == "onnx" and not export_files.has_onnx_exporter():
         pytest.skip("ONNX export takes torch 2.7 or newer")

@@ -33,7 +33,7 @@ SMALLEST = [
 ]
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in SMALLEST]
 # Of families whose sizes differ in figures that test_window_recipes.py reads, one size is built.
-SIZES = "maxvit_(small|base|large|xlarge)_|gc_vit_(xtiny|tiny2|small2?|base)_|faster_vit_[2-6]_"
+SIZES = r"maxvit_(small|base|x?large)_|gc_vit_(xtiny|tiny2?|small2?|base|large)_|faster_vit_[1-6]_"
 BUILT = [
     pytest.param(name, marks=pytest.mark.slow) if re.search(SIZES, f"{name}_") else name
     for name in NAMES

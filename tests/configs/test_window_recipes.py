@@ -231,7 +231,7 @@ def test_faster_vit_trains_from_scratch_as_published(config):
     ("faster_vit_0_8xb128_310e_in1k", 5e-3, 20), ("faster_vit_3_8xb128_310e_in1k", 5e-3, 35),
 ])  # fmt: skip
 def test_the_rate_follows_timm_iteration_by_iteration(config, lr, warmup):
-    length = 3
+    length = 7
     seen = rates(load_config(config), length, 320 * length)
     assert seen[0] == pytest.approx(1e-6)
     check_that_rates_follow_timm(seen, length, lr=lr, epochs=310, warmup=warmup)

@@ -10,6 +10,7 @@ from densezoo.layers import mlp
 from densezoo.layers.conv import (
     ConvNorm,
     PointwiseConv,
+    SqueezeExcite,
     fold_norm_into_next,
     prefers_channels_last,
     run_channels_last,
@@ -31,7 +32,7 @@ def settled(norm, seed=0):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("gelu", [False, True, "tanh"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_pointwise_convolution_is_the_same_with_and_without_autograd(layout, gelu, bias, batch):
@@ -41,7 +42,10 @@ def test_a_pointwise_convolution_is_the_same_with_and_without_autograd(layout, g
     expected = nn.functional.conv2d(x.double(), conv.weight.double())
     if bias:
         expected = expected + conv.bias.double()[:, None, None]
-    if gelu:
+    if gelu == "tanh":
+        inner = (2 / torch.pi) ** 0.5 * (expected + 0.044715 * expected**3)
+        expected = expected * 0.5 * (1 + inner.tanh())
+    elif gelu:
         expected = expected * 0.5 * (1 + torch.erf(expected / 2**0.5))
     recorded = conv(x)
     with torch.no_grad():
@@ -50,6 +54,41 @@ def test_a_pointwise_convolution_is_the_same_with_and_without_autograd(layout, g
     assert recorded.requires_grad and not inferred.requires_grad
     assert relative_error(recorded, expected) < 1e-5
     assert relative_error(inferred, expected) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation, bias", [("silu", True), ("gelu", False)])
+def test_squeeze_excite_scales_channels_by_gates_of_all_means(activation, bias, layout):
+    torch.manual_seed(0)
+    layer = SqueezeExcite(6, 4, bias=bias, activation=activation)
+    x = image(2, 6, 5, 7).to(memory_format=layout)
+    function = {"silu": nn.functional.silu, "gelu": nn.functional.gelu}[activation]
+    gates = x.double().mean((2, 3))
+    for fc, act in ((layer.fc1, function), (layer.fc2, torch.sigmoid)):
+        gates = gates @ fc.weight.double().flatten(1).T
+        gates = act(gates if fc.bias is None else gates + fc.bias.double())
+    expected = x * gates[:, :, None, None]
+    assert relative_error(layer(x), expected) < 1e-6
+    with torch.no_grad():
+        result = layer(x)
+    assert relative_error(result, expected) < 1e-6
+    assert result.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(activation="relu"), "activation is 'relu'"),
+        (dict(hidden_dim=0), "hidden_dim is 0"),
+        (dict(dim=0), "dim is 0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_squeeze_excite_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SqueezeExcite(
+            **{"dim": 6, "hidden_dim": 4, "bias": True, "activation": "silu", **arguments}
+        )
 
 
 def test_other_dtypes_autograd_and_tracing_take_the_plain_operators():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from oracles import relative_error
-from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -16,14 +15,20 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("gelu", [False, True])
+def gelu_of(x, form):
+    if form is False:
+        return x
+    return F.gelu(x, approximate="tanh" if form == "tanh" else "none")
+
+
+@pytest.mark.parametrize("gelu", [False, True, "exact", "tanh"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(5, 24), (2, 7, 3, 24), (1, 0, 24)], ids=str)
 def test_inference_equals_pytorchs_layer(gelu, bias, shape):
     torch.manual_seed(0)
     layer, x = Linear(24, 40, bias, gelu=gelu), noise(*shape)
     expected = F.linear(x, layer.weight, layer.bias)
-    expected = F.gelu(expected) if gelu else expected
+    expected = gelu_of(expected, gelu)
     with torch.no_grad():
         actual = layer(x)
     torch.testing.assert_close(actual, expected)
@@ -37,10 +42,24 @@ def test_inputs_of_any_strides_are_taken():
         torch.testing.assert_close(layer(x), layer(x.contiguous()))
 
 
-def test_the_mlp_equals_its_formula_however_many_pieces_it_is_computed_in(monkeypatch):
+def test_the_two_gelus_are_told_apart():
     torch.manual_seed(0)
-    layer, x = Mlp(8, 24), noise(2, 5, 7, 8)
-    hidden = F.gelu(nn.functional.linear(x, layer.fc1.weight, layer.fc1.bias))
+    exact, tanh = (Linear(24, 40, gelu=form) for form in ("exact", "tanh"))
+    tanh.load_state_dict(exact.state_dict())
+    x = noise(50, 24)
+    with torch.no_grad():
+        assert 1e-5 < (exact(x) - tanh(x)).abs().max() < 1e-3
+    assert "gelu='tanh'" in repr(tanh) and "gelu" not in repr(Linear(24, 40))
+    for gelu in ("relu", 1, None):
+        with pytest.raises(ValueError, match=f"gelu is {gelu!r}"):
+            Linear(24, 40, gelu=gelu)
+
+
+@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+def test_the_mlp_equals_its_formula_however_many_pieces_it_is_computed_in(gelu, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Mlp(8, 24, gelu=gelu), noise(2, 5, 7, 8)
+    hidden = gelu_of(F.linear(x, layer.fc1.weight, layer.fc1.bias), gelu)
     expected = F.linear(hidden, layer.fc2.weight, layer.fc2.bias)
     assert relative_error(layer(x), expected) < 1e-6
     pieces = []

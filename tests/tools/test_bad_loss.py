@@ -187,6 +187,7 @@ def test_a_segmenter_names_the_part_of_the_loss_and_its_files(tmp_path, capsys):
     assert not (work_dir / "iter_2.pth").exists()
 
 
+@pytest.mark.slow
 def test_the_process_that_stops_ends_the_job_of_two(tmp_path, options):
     options += ["optim_wrapper.optimizer.lr=1e30", "default_hooks.checkpoint.by_epoch=False"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -4,7 +4,10 @@ The files are made from the names that the authors' models have, typed here, and
 mmdet's and mmseg's own necks and heads, which no rule of ours has touched.
 """
 
+import argparse
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -12,10 +15,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.datasets import CocoDataset
+from mmdet.models.layers.transformer.utils import coordinate_to_encoding
 from mmdet.structures import DetDataSample
 from mmengine.registry import MODELS, DefaultScope
 from oracles import load_cases, make_checkpoint, make_state_dict
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
 from densezoo.backbones.checkpoints import read_checkpoint
 from densezoo.tools import cli
@@ -639,3 +647,346 @@ def test_an_output_is_replaced_when_asked_for_and_kept_when_writing_fails(tmp_pa
 def test_a_model_without_a_backbone_of_the_zoo_is_named():
     with pytest.raises(ValueError, match="the backbone of this Linear is no model of densezoo"):
         convert({"a": torch.zeros(1)}, torch.nn.Linear(1, 1))
+
+
+# FasterViT's published detector, small: what its copy of DINO's repository names its entries.
+DINO = "dino_faster_vit_4_21k_224_4scale_1x_coco"
+DINO_OPTIONS = [
+    "model.backbone.init_cfg=None", "model.backbone.model_kwargs.depths=(1,1,2,1)",
+    "model.backbone.model_kwargs.dims=(32,64,128,256)", "model.backbone.model_kwargs.stem_dim=16",
+    "model.neck.in_channels=[64,128,256]", "model.encoder.num_layers=2",
+    "model.decoder.num_layers=2", "model.num_queries=30", "model.test_cfg.max_per_img=20",
+]  # fmt: skip
+NUM_LAYERS, NUM_QUERIES, NUM_CATEGORIES = 2, 30, 91
+# Of COCO's category numbers, as its annotations have them.
+CATEGORIES = {"person": 1, "bicycle": 2, "fire hydrant": 11, "stop sign": 13, "parking meter": 14,
+              "bench": 15, "backpack": 27, "umbrella": 28, "handbag": 31,
+              "bottle": 44, "wine glass": 46, "bed": 65, "dining table": 67, "toilet": 70,
+              "tv": 72, "refrigerator": 82, "book": 84, "toothbrush": 90}  # fmt: skip
+
+
+def faster_vit_keys():
+    """(name, shape, kind) of the small backbone without carriers, the derived entries included."""
+    keys = []
+
+    def add(name, *shape, bias=True):
+        keys.append((f"{name}.weight", shape, "param"))
+        if bias:
+            keys.append((f"{name}.bias", shape[:1], "param"))
+
+    def add_batch_norm(name, channels):
+        add(name, channels)
+        keys.append((f"{name}.running_mean", (channels,), "buffer"))
+        keys.append((f"{name}.running_var", (channels,), "buffer"))
+        keys.append((f"{name}.num_batches_tracked", (), "counter"))
+
+    def add_position_mlp(name, outputs):
+        add(f"{name}.cpb_mlp.0", 512, 2)
+        add(f"{name}.cpb_mlp.2", outputs, 512, bias=False)
+
+    add("patch_embed.conv_down.0", 16, 3, 3, 3, bias=False)
+    add_batch_norm("patch_embed.conv_down.1", 16)
+    add("patch_embed.conv_down.3", 32, 16, 3, 3, bias=False)
+    add_batch_norm("patch_embed.conv_down.4", 32)
+    for i, (depth, c) in enumerate(zip((1, 1, 2, 1), (32, 64, 128, 256), strict=True)):
+        for j in range(depth):
+            block = f"levels.{i}.blocks.{j}"
+            if i < 2:
+                for k in (1, 2):
+                    add(f"{block}.conv{k}", c, c, 3, 3)
+                    add_batch_norm(f"{block}.norm{k}", c)
+                continue
+            tokens, heads = (196, 16) if i == 2 else (49, 32)
+            add_position_mlp(f"{block}.pos_embed", c)
+            add_position_mlp(f"{block}.attn.pos_emb_funct", heads)
+            for k in (1, 2):
+                add(f"{block}.norm{k}", c)
+                keys.append((f"{block}.gamma{k + 2}", (c,), "param"))
+            add(f"{block}.attn.qkv", 3 * c, c)
+            add(f"{block}.attn.proj", c, c)
+            add(f"{block}.mlp.fc1", 4 * c, c)
+            add(f"{block}.mlp.fc2", c, 4 * c)
+            for name, *shape in (
+                ("pos_embed.relative_bias", 1, tokens, c),
+                ("attn.pos_emb_funct.relative_bias", 1, heads, tokens, tokens),
+                ("attn.pos_emb_funct.relative_coords_table", 1, 5, 5, 2),
+                ("attn.pos_emb_funct.relative_position_index", tokens, tokens),
+            ):  # fmt: skip
+                keys.append((f"{block}.{name}", shape, "counter"))
+        if i < 3:
+            add(f"levels.{i}.downsample.norm", c)
+            add(f"levels.{i}.downsample.reduction.0", 2 * c, c, 3, 3, bias=False)
+    return keys
+
+
+def dino_keys():
+    """(name, shape, kind) of what is beside the backbone, but for the second predictors."""
+    keys = []
+
+    def add(name, *shape):
+        keys.append((f"{name}.weight", shape, "param"))
+        keys.append((f"{name}.bias", shape[:1], "param"))
+
+    def add_mlp(name, *widths):
+        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+            add(f"{name}.layers.{i}", outputs, inputs)
+
+    for level, channels in enumerate((64, 128, 256, 256)):
+        add(f"input_proj.{level}.0", 256, channels, *((3, 3) if level == 3 else (1, 1)))
+        add(f"input_proj.{level}.1", 256)
+    for part, attention, num_norms in (("encoder", "self_attn", 2), ("decoder", "cross_attn", 3)):
+        for i in range(NUM_LAYERS):
+            layer = f"transformer.{part}.layers.{i}"
+            add(f"{layer}.{attention}.sampling_offsets", 256, 256)
+            add(f"{layer}.{attention}.attention_weights", 128, 256)
+            add(f"{layer}.{attention}.value_proj", 256, 256)
+            add(f"{layer}.{attention}.output_proj", 256, 256)
+            if part == "decoder":
+                keys.append((f"{layer}.self_attn.in_proj_weight", (768, 256), "param"))
+                keys.append((f"{layer}.self_attn.in_proj_bias", (768,), "param"))
+                add(f"{layer}.self_attn.out_proj", 256, 256)
+            add(f"{layer}.linear1", 2048, 256)
+            add(f"{layer}.linear2", 256, 2048)
+            for k in range(num_norms):
+                add(f"{layer}.norm{k + 1}", 256)
+    add("transformer.decoder.norm", 256)
+    add_mlp("transformer.decoder.ref_point_head", 512, 256, 256)
+    add("transformer.enc_output", 256, 256)
+    add("transformer.enc_output_norm", 256)
+    add("transformer.enc_out_class_embed", NUM_CATEGORIES, 256)
+    add_mlp("transformer.enc_out_bbox_embed", 256, 256, 256, 4)
+    add("class_embed.0", NUM_CATEGORIES, 256)
+    add_mlp("bbox_embed.0", 256, 256, 256, 4)
+    for name, *shape in (("transformer.level_embed", 4, 256),
+                         ("transformer.tgt_embed.weight", NUM_QUERIES, 256),
+                         ("label_enc.weight", NUM_CATEGORIES + 1, 256)):  # fmt: skip
+        keys.append((name, shape, "param"))
+    return keys
+
+
+class DinoFile:
+    """A file as FasterViT's detector is published in, and what it was made of."""
+
+    def __init__(self, folder, first_norm=1):
+        self.backbone = make_state_dict(faster_vit_keys(), seed=4)
+        self.norms = {}
+        for i, channels in enumerate((64, 128, 256), start=1):
+            for entry, value in randomised(nn.BatchNorm2d(channels).state_dict(), seed=i).items():
+                self.norms[i, entry] = value
+        self.state = make_state_dict(dino_keys(), seed=5)
+        for key in [k for k in self.state if k.startswith(("class_embed.", "bbox_embed."))]:
+            for i in range(NUM_LAYERS):  # one module under many names
+                name = key.replace("embed.0.", f"embed.{i}.")
+                self.state[name] = self.state[f"transformer.decoder.{name}"] = self.state[key]
+        for key, value in self.backbone.items():
+            self.state[f"backbone.0.{key}"] = value
+        for (i, entry), value in self.norms.items():
+            self.state[f"backbone.0.norm{i - 1 + first_norm}.{entry}"] = value
+        self.path = folder / "DINO_4scale.pth"
+        torch.save(
+            dict(
+                model=self.state, optimizer=dict(state={}, param_groups=[]), epoch=11,
+                lr_scheduler=dict(step_size=11), args=argparse.Namespace(lr=1e-4, num_classes=91),
+            ),
+            self.path,
+        )  # fmt: skip
+
+
+def build_dino(*options):
+    cfg = load_config(DINO, [*DINO_OPTIONS, *options])
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        return MODELS.build(cfg.model).eval()
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    """The file, the model with the file's weights, and what the command said."""
+    file = DinoFile(tmp_path_factory.mktemp("dino"))
+    model = build_dino()
+    conversion = convert(read_checkpoint(file.path), model)
+    model.load_state_dict(conversion.state_dict, strict=True)
+    return file, model, conversion
+
+
+def test_every_entry_of_faster_vits_detector_is_used_or_named(dino, tmp_path, capsys):
+    """But for what the backbone computes anew, which it passes over as in a classifier's file."""
+    file, model, conversion = dino
+    twice = ("transformer.decoder.class_embed.", "transformer.decoder.bbox_embed.")
+    repeated = [key for key in file.state if key.startswith(twice)]
+    assert set(conversion.unused) == set(repeated)
+    out = tmp_path / "dino.pth"
+    assert run(file.path, out, "--config", DINO, "--cfg-options", *DINO_OPTIONS) == 0
+    said = capsys.readouterr().out
+    assert "(official names)" in said
+    assert f"{len(repeated)} entries (transformer.decoder." in said
+    assert "bbox_head.cls_branches.0.weight: 80 of 91 rows" in said
+    written = read_checkpoint(out)["state_dict"]
+    assert written.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, conversion.state_dict[key]) for key, value in written.items())
+
+
+@pytest.mark.parametrize("first_norm", [0, 1])
+def test_the_backbone_of_faster_vits_detector_gives_its_maps(dino, first_norm, tmp_path):
+    """Whether its norms are counted from the first stage or the first map."""
+    file, model, _ = dino
+    if not first_norm:
+        model = build_dino()
+        file = DinoFile(tmp_path, first_norm)
+        model.load_state_dict(convert(read_checkpoint(file.path), model).state_dict)
+    source = tmp_path / "backbone.pth"
+    torch.save({"state_dict": file.backbone}, source)
+    native = timm.create_model(
+        "faster_vit_4_21k_224", pretrained=True, pretrained_cfg_overlay=dict(file=str(source)),
+        depths=(1, 1, 2, 1), dims=(32, 64, 128, 256), stem_dim=16, official_quirks=True,
+        features_only=True, out_indices=(1, 2, 3),
+    ).eval()  # fmt: skip
+    image = torch.randn(1, 3, 72, 104, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for i, (ours, plain) in enumerate(
+            zip(model.backbone(image), native(image), strict=True), 1
+        ):
+            norm = [
+                file.norms[i, name] for name in ("running_mean", "running_var", "weight", "bias")
+            ]
+            assert torch.equal(ours, F.batch_norm(plain, *norm))
+
+
+def test_the_predictors_and_labels_are_those_of_cocos_classes(dino):
+    file, model, conversion = dino
+    for name, number in CATEGORIES.items():
+        i = CocoDataset.METAINFO["classes"].index(name)
+        for ours, theirs in (
+            ("bbox_head.cls_branches.1.weight", "class_embed.1.weight"),
+            ("bbox_head.cls_branches.2.bias", "transformer.enc_out_class_embed.bias"),
+            ("dn_query_generator.label_embedding.weight", "label_enc.weight"),
+        ):
+            assert torch.equal(conversion.state_dict[ours][i], file.state[theirs][number]), name
+    assert model.bbox_head.cls_branches[0].out_features == 80
+
+
+def linear(state, name, x):
+    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def normed(state, name, x):
+    return F.layer_norm(x, (256,), state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def test_the_layers_of_dinos_transformer_compute_what_the_repositorys_do(dino):
+    """Order of norms, layers and frequencies, by the repository's own definition."""
+    file, model, _ = dino
+    state = {key: value.double() for key, value in file.state.items()}
+    model = model.double()
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    shapes = torch.tensor([(6, 9), (3, 5), (2, 3), (1, 2)])
+    starts = torch.tensor([0, 54, 69, 75])
+    memory, query, boxes = draw(1, 77, 256), draw(1, NUM_QUERIES, 256), draw(1, NUM_QUERIES, 4)
+
+    def attend(name, **inputs):
+        attention = MultiScaleDeformableAttention(dropout=0.0, batch_first=True).double()
+        own = f"transformer.{name}."
+        attention.load_state_dict(
+            {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}
+        )
+        return attention(spatial_shapes=shapes, level_start_index=starts, **inputs)
+
+    def feed_forward(name, x, norm):
+        hidden = linear(state, f"{name}.linear1", x).relu()
+        return normed(state, f"{name}.{norm}", x + linear(state, f"{name}.linear2", hidden))
+
+    with torch.no_grad():
+        # Positions of queries: 128 sines and cosines of y, x, width and height.
+        frequency = 10000 ** (torch.arange(64, dtype=torch.float64) / 64)
+        angle = 2 * math.pi * boxes[..., [1, 0, 2, 3], None] / frequency
+        encoding = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(2)
+        head = "transformer.decoder.ref_point_head.layers"
+        position = linear(state, f"{head}.1", linear(state, f"{head}.0", encoding).relu())
+        width = model.decoder.ref_point_head.layers[0].in_features // 4
+        found = model.decoder.ref_point_head(coordinate_to_encoding(boxes, num_feats=width))
+        # mmdet computes the frequencies in single precision.
+        torch.testing.assert_close(found, position, rtol=0, atol=1e-4)
+
+        # A layer of the decoder: among the queries, to the maps, feed-forward.
+        name = "transformer.decoder.layers.1"
+        attention = nn.MultiheadAttention(256, 8, batch_first=True).double()
+        attention.load_state_dict(
+            {k.removeprefix(f"{name}.self_attn."): v for k, v in state.items()
+             if k.startswith(f"{name}.self_attn.")}
+        )  # fmt: skip
+        keys = query + position
+        x = normed(state, f"{name}.norm2", query + attention(keys, keys, query)[0])
+        places = boxes[:, :, None].expand(-1, -1, 4, -1)
+        x = attend("decoder.layers.1.cross_attn", query=x, query_pos=position, value=memory,
+                   reference_points=places)  # fmt: skip
+        x = feed_forward(name, normed(state, f"{name}.norm1", x), "norm3")
+        ours = model.decoder.layers[1](
+            query, query_pos=position, value=memory, key_padding_mask=None, self_attn_mask=None,
+            spatial_shapes=shapes, level_start_index=starts, reference_points=places,
+        )  # fmt: skip
+        torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-9)
+
+        # A layer of the encoder.
+        name = "transformer.encoder.layers.1"
+        places, position = draw(1, 77, 4, 2), draw(1, 77, 256)
+        x = attend("encoder.layers.1.self_attn", query=memory, query_pos=position, value=memory,
+                   reference_points=places)  # fmt: skip
+        x = feed_forward(name, normed(state, f"{name}.norm1", x), "norm2")
+        ours = model.encoder.layers[1](
+            query=memory, query_pos=position, key_padding_mask=None, spatial_shapes=shapes,
+            level_start_index=starts, reference_points=places,
+        )  # fmt: skip
+        torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-9)
+
+        # Boxes of a layer, and of the encoder, whose predictors are the last.
+        for index, theirs in ((1, "bbox_embed.1"), (2, "transformer.enc_out_bbox_embed")):
+            x = query
+            for k in range(3):
+                x = linear(state, f"{theirs}.layers.{k}", x)
+                x = x.relu() if k < 2 else x
+            torch.testing.assert_close(model.bbox_head.reg_branches[index](query), x)
+        x = normed(
+            state, "transformer.enc_output_norm", linear(state, "transformer.enc_output", query)
+        )
+        torch.testing.assert_close(model.memory_trans_norm(model.memory_trans_fc(query)), x)
+        # The fourth map, from the third.
+        maps = [draw(1, c, 4, 4) for c in (64, 128, 256)]
+        projected = model.neck(maps)
+        for level in range(4):
+            parts = [
+                state[f"input_proj.{level}.{k}.{e}"] for k in (0, 1) for e in ("weight", "bias")
+            ]
+            options = dict(stride=2, padding=1) if level == 3 else {}
+            x = F.conv2d(maps[min(level, 2)], *parts[:2], **options)
+            torch.testing.assert_close(projected[level], F.group_norm(x, 32, *parts[2:]))
+    model.float()
+
+
+def test_a_dino_file_is_refused_by_other_configs_and_if_its_predictors_differ(dino, cases):
+    file, model, _ = dino
+    with pytest.raises(
+        ValueError, match="of a DINO, and the model is a CascadeRCNN: give a config"
+    ):
+        convert({"model": file.state}, cases("cascade").build())
+    key = "transformer.decoder.bbox_embed.1.layers.2.bias"
+    with pytest.raises(ValueError, match=f"{key} is not the same as bbox_embed.1.layers.2.bias"):
+        convert({"model": {**file.state, key: file.state[key] + 1}}, model)
+    for change, message in (
+        (_without("norm3.weight", "tgt_embed.weight"), "missing: 4 entries"),
+        (_with(transformer__extra=torch.zeros(1)), "left over: 1 entries (transformer.extra)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            convert({"model": change(file.state)}, model)
+
+
+def test_detectors_of_other_classes_than_cocos_convert(dino):
+    file, _, _ = dino
+    model = build_dino("model.bbox_head.num_classes=91")
+    converted = convert({"model": file.state}, model)
+    labels = converted.state_dict["dn_query_generator.label_embedding.weight"]
+    assert torch.equal(labels, file.state["label_enc.weight"][:91])
+    weight = converted.state_dict["bbox_head.cls_branches.0.weight"]
+    assert torch.equal(weight, file.state["class_embed.0.weight"])

@@ -226,8 +226,11 @@ def _give_every_image_the_boxes_of_the_first(digits) -> str:
 
 @pytest.mark.parametrize(
     "task, name",
-    [("classifier", CLASSIFIER), ("detector", DETECTOR), ("segmenter", SEGMENTER)],
-    ids=["classifier", "detector", "segmenter"],
+    [
+        pytest.param("classifier", CLASSIFIER, id="classifier"),
+        pytest.param("detector", DETECTOR, marks=pytest.mark.slow, id="detector"),
+        pytest.param("segmenter", SEGMENTER, marks=pytest.mark.slow, id="segmenter"),
+    ],
 )
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
     task, name, digits, weights, tmp_path
@@ -246,6 +249,17 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
             done = _together(*arguments, "--launcher", "pytorch")
             assert done.returncode == 0, done.stdout[-3000:]
     _assert_same_training(one, two, _steps(one), _steps(two, ranks=2))
+    _assert_the_first_alone_wrote(two, done.stdout)
+
+
+def _assert_the_first_alone_wrote(work_dir, output):
+    """Check that there is one file of each name, and that the run warned of nothing."""
+    assert "warn" not in output.partition("Logs and checkpoints are in")[2].lower()
+    written = [path for path in work_dir.rglob("*") if path.is_file()]
+    kinds = Counter(path.name if path.suffix != ".log" else ".log" for path in written)
+    assert kinds.pop(".log") == 1
+    assert kinds.pop("config.py") == 2  # the work dir's, and the visualizer's
+    assert set(kinds.values()) == {1}, kinds
 
 
 @pytest.mark.slow
@@ -376,7 +390,7 @@ def test_data_of_another_length_in_one_process_is_named_before_the_run(digits, t
     assert not list(tmp_path.glob("*.pth"))
 
 
-@pytest.mark.parametrize("mistake", ["data", "work_dir"])
+@pytest.mark.parametrize("mistake", ["data", pytest.param("work_dir", marks=pytest.mark.slow)])
 def test_a_mistake_that_all_processes_meet_is_said_once(mistake, digits, tmp_path):
     settings = _light(digits, tmp_path)
     work_dir = tmp_path / "run"
@@ -400,18 +414,11 @@ def _own_errors(output) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("rank ")]
 
 
-def test_two_processes_test_as_one_and_the_first_alone_writes(digits, tmp_path):
+def test_two_processes_test_as_one(digits, tmp_path):
     settings = _light(digits, tmp_path)
     config = _write_config(tmp_path / "config.py", CLASSIFIER, **settings)
-    done = _together("train", config, "--work-dir", tmp_path / "two", "--launcher", "pytorch")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "warn" not in done.stdout.partition("Logs and checkpoints are in")[2].lower()
-    written = [path for path in (tmp_path / "two").rglob("*") if path.is_file()]
-    kinds = Counter(path.name if path.suffix != ".log" else ".log" for path in written)
-    assert kinds.pop(".log") == 1
-    assert kinds.pop("config.py") == 2  # the work dir's, and the visualizer's
-    assert set(kinds.values()) == {1}, kinds
-    checkpoint = tmp_path / "two" / f"iter_{STEPS}.pth"
+    assert _alone("train", config, "--work-dir", tmp_path / "trained") == 0
+    checkpoint = tmp_path / "trained" / f"iter_{STEPS}.pth"
     assert len(list((digits / "classes" / "val").rglob("*.*"))) % 2, "nothing to pad"
     figures = {}
     for count, run in (("one", _alone), ("two", _together)):

@@ -134,7 +134,7 @@ def test_weights_over_the_limit_of_a_file_lie_beside_it(small, tmp_path, monkeyp
     assert comparison.relative < 1e-3
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".program"])
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".program", marks=pytest.mark.slow)])
 def test_programs_keep_their_declared_range(small, suffix, tmp_path):
     path = tmp_path / f"m{suffix}"
     comparisons = export_program(small, path, size=(64, 64), dynamic=True, metadata={"a": "b"})
