@@ -414,7 +414,9 @@ def convert_checkpoint(
     folded = [
         k
         for k in mapped
-        if k.endswith(".bias") and k not in own and k.removesuffix("bias") + "weight" in own
+        if k.endswith(".bias") and k not in own
+        for weight in [k.removesuffix("bias") + "weight"]
+        if weight in own and weight in mapped and mapped[weight].shape == own[weight].shape
     ]
     trunk_given = {k for k in mapped if k.startswith(("stem.", "stages."))}
     strange = trunk_given - own.keys() - set(folded)

@@ -149,43 +149,31 @@ class ConvStage(Stage):
 
 
 class Grid(NamedTuple):
-    """The windows of a map, and where their carriers are.
+    """The windows of a map, and their carriers as a map of their own, of windows of 2x2.
 
     Attributes:
-        batch: images.
         rows: R.
         columns: S.
-        raster: (4RS,), the place of each carrier of the whole grid, row by row, among those of
-            window after window.
-        places: (4RS,), the inverse.
         share: (), the share that carriers have in windows: 1, or 0 where they are to be without
             effect; None for 1.
     """
 
-    batch: Length
     rows: Length
     columns: Length
-    raster: torch.Tensor
-    places: torch.Tensor
     share: torch.Tensor | None
 
     @classmethod
     def of(cls, x: torch.Tensor, rows: Length, columns: Length) -> Grid:
         """Describe the carriers of a map (B, H, W, C)."""
-        wide = _SIDE * columns
-        # One axis all along: compilers tell an axis apart whose length may be 1.
-        t = torch.arange(_CARRIERS * rows * columns, device=x.device)
-        row, column = _divide(t, wide)
-        (window_row, top), (window_column, left) = _divide(row, _SIDE), _divide(column, _SIDE)
-        raster = (window_row * columns + window_column) * _CARRIERS + top * _SIDE + left
-        window, inner = _divide(t, _CARRIERS)
-        window_row, window_column = _divide(window, columns)
-        top, left = _divide(inner, _SIDE)
-        places = (window_row * _SIDE + top) * wide + window_column * _SIDE + left
         share = None
         if is_open(rows) or is_open(columns) or rows * columns == 1:
-            share = (t >= _CARRIERS).any().to(x.dtype)
-        return cls(x.shape[0], rows, columns, raster, places, share)
+            # Of twice the windows: compilers tell a length apart that may be 1.
+            are_more = [
+                (torch.arange(_SIDE * count, device=x.device) >= _SIDE).any()
+                for count in (rows, columns)
+            ]
+            share = (are_more[0] | are_more[1]).to(x.dtype)
+        return cls(rows, columns, share)
 
     @property
     def size(self) -> tuple[Length, Length]:
@@ -194,19 +182,11 @@ class Grid(NamedTuple):
 
     def to_raster(self, carriers: torch.Tensor) -> torch.Tensor:
         """Put together the carriers of each image: (B R S, 4, C) -> (B, 4RS, C), row by row."""
-        shape = (self.batch, self.raster.shape[0])
-        return carriers.flatten(0, 1).unflatten(0, shape).index_select(1, self.raster)
+        return merge(carriers, (_SIDE, _SIDE), *self.size).flatten(1, 2)
 
     def to_windows(self, carriers: torch.Tensor) -> torch.Tensor:
         """Give each window its carriers: the inverse of `to_raster`."""
-        shape = (self.batch * self.rows * self.columns, _CARRIERS)
-        return carriers.index_select(1, self.places).flatten(0, 1).unflatten(0, shape)
-
-
-def _divide(x: torch.Tensor, by: Length) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give quotient and remainder; the operator of remainders takes no symbol in ONNX."""
-    quotient = x // by
-    return quotient, x - quotient * by
+        return partition(carriers.unflatten(1, self.size), (_SIDE, _SIDE))
 
 
 class CarrierTokens(nn.Module):
@@ -724,7 +704,7 @@ WEIGHTS = {
     "faster_vit_4_21k_768": _weights_21k(768, 48, 585.1, 87.9, 0.93),
 }
 
-_BLOCK = r"^(stages\.[23]\.blocks\.\d+)\."
+_BLOCK = r"^(levels\.[23]\.blocks\.\d+)\."
 
 # Official names -> ours; the dense backbone's out norms belong to the adapter.
 KEY_RULES = {
@@ -734,7 +714,6 @@ KEY_RULES = {
         (r"^patch_embed\.conv_down\.1\.", "stem.norm1."),
         (r"^patch_embed\.conv_down\.3\.", "stem.conv2."),
         (r"^patch_embed\.conv_down\.4\.", "stem.norm2."),
-        (r"^levels\.(\d)\.blocks\.", r"stages.\1.blocks."),
         *[(rf"^levels\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)],
         (r"\.downsample\.reduction\.0\.", ".downsample.conv."),
         (r"^levels\.(\d)\.global_tokenizer\.to_global_feature\.pos\.", r"stages.\1.carriers.conv."),
@@ -744,6 +723,7 @@ KEY_RULES = {
         (rf"{_BLOCK}gamma([12])$", r"\1.carriers.gamma\2"),
         (rf"{_BLOCK}gamma3$", r"\1.windows.gamma1"),
         (rf"{_BLOCK}gamma4$", r"\1.windows.gamma2"),
+        (r"^levels\.(\d)\.blocks\.", r"stages.\1.blocks."),
         (r"\.pos_emb_funct\.", ".rel_pos_bias."),
         (r"\.cpb_mlp\.0\.", ".fc1."),
         (r"\.cpb_mlp\.2\.", ".fc2."),

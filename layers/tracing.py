@@ -29,6 +29,11 @@ def is_plain_inference() -> bool:
     )
 
 
+def is_exporting() -> bool:
+    """Whether a program is traced by an exporter, other than by way of Dynamo."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def is_open(length: Length) -> bool:
     """Whether a program is traced for more lengths of an axis than this one."""
     if torch.compiler.is_dynamo_compiling():  # which shows symbols as integers

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .arguments import check_whole_number
 from .linear import Linear, in_pieces
 from .rel_pos import RelPosBias
-from .tracing import Length, is_open
+from .tracing import Length, is_exporting, is_open
 
 # Values of queries, keys and values that are held at a time, in CPU inference: up to 32 MiB of
 # float32 in one piece, which is fastest, and otherwise in pieces of 2 MiB.
@@ -158,7 +158,7 @@ def attend(
             weights = (query @ key.transpose(2, 3) + bias).softmax(-1)
             return (weights @ value).transpose(1, 2).flatten(2)
     x = F.scaled_dot_product_attention(query, key, value, bias, scale=scale).transpose(1, 2)
-    if is_open(x.shape[1]):  # ONNX's has other strides than the one that is traced: no view
+    if is_exporting():  # ONNX's result has other strides than the one traced: no view
         x = x.clone(memory_format=torch.contiguous_format)
     return x.flatten(2)
 

@@ -90,8 +90,8 @@ OPERATOR_HANDLES: dict[str, Handle] = {
 ZERO_OPERATORS = (
     # arithmetic
     "add", "addcmul", "sub", "rsub", "mul", "div", "neg", "reciprocal", "pow", "square", "sqrt",
-    "rsqrt", "exp", "log", "sin", "cos", "abs", "clamp_min", "clamp_max", "sum", "cumsum",
-    "linalg_vector_norm",
+    "rsqrt", "exp", "log", "log2", "sin", "cos", "abs", "sign", "clamp_min", "clamp_max", "sum",
+    "cumsum", "linalg_vector_norm",
     # activations and gates
     "gelu", "silu", "sigmoid", "hardsigmoid", "hardswish", "hardtanh", "relu6", "elu", "selu",
     "leaky_relu", "prelu", "mish", "softplus", "tanh", "softmax", "log_softmax",

@@ -6,13 +6,21 @@ import re
 import pytest
 import timm
 import torch
-from oracles import dense, image, load_cases, make_checkpoint, make_state_dict, relative_error
+from oracles import (
+    dense,
+    image,
+    load_cases,
+    make_checkpoint,
+    make_state_dict,
+    relative_error,
+)
 from timm.models.gcvit import GlobalContextVit
 from torch import nn
+from torch.export import Dim
 from torch.nn import functional as F
 
 from densezoo.backbones import GCViT
-from densezoo.backbones.gc_vit import Block
+from densezoo.backbones.gc_vit import Block, GCViTStage, GlobalQuery
 
 CASES = load_cases()
 OFFICIAL, CASE = CASES["gc_vit_xxtiny-classification-224x224-0"]
@@ -129,6 +137,30 @@ def test_windows_cut_once_for_a_stage_are_those_that_each_block_cuts(size):
                 expected = block(expected, query)
             x = stage(x)
             assert relative_error(x, expected.permute(0, 3, 1, 2)) < 1e-5
+
+
+def small_stage(dim=16):
+    """A stage of a local and a global block, windows of 6, that pools its query twice."""
+    torch.manual_seed(0)
+    arguments = dict(mlp_ratio=2.0, layer_scale=None, rate=0.0)
+    blocks = [Block(dim, 2, (6, 6), is_global=i == 1, **arguments) for i in range(2)]
+    return GCViTStage(nn.Identity(), GlobalQuery(dim, 2, (6, 6), 2, 2), blocks)
+
+
+# Maps that divide into windows and that do not, one window and many, smaller than a window; large
+# enough for a pooled query of two rows and columns, since tracers take one for a case of its own.
+MAPS = [(8, 13), (12, 12), (30, 11), (6, 6), (5, 7)]
+
+
+def test_a_stage_is_one_exported_program_for_maps_of_any_size():
+    stage = small_stage().eval()
+    axes = {0: Dim("batch", min=1), 2: Dim("height", min=5), 3: Dim("width", min=5)}
+    x = torch.randn(2, 16, 8, 13)
+    with torch.no_grad():
+        program = torch.export.export(stage, (x,), dynamic_shapes=(axes,), strict=False).module()
+        for batch, size in enumerate(MAPS, 1):
+            x = torch.randn(batch, 16, *size)
+            assert relative_error(program(x), stage(x)) < 1e-5, size
 
 
 def test_stochastic_depth_drops_a_branch_of_all_windows_of_an_image():
