@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from densezoo.backbones import FasterViT
 from densezoo.backbones.checkpoints import read_checkpoint
-from densezoo.backbones.faster_vit import Grid, default_cfgs
+from densezoo.backbones.faster_vit import default_cfgs
+from densezoo.backbones.faster_vit_blocks import Grid
 from densezoo.backbones.registry import BACKBONES, find_backbone
 from densezoo.layers.rel_pos import MlpPosEmbed, MlpRelPosBias
 from densezoo.tools import export_files
