@@ -110,7 +110,15 @@ class SameConv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.stride == (2, 2):
-            x = F.pad(x, (x.shape[3] % 2, 1, x.shape[2] % 2, 1))
+            height, width = x.shape[2:]
+            if is_open(height) or is_open(width):
+                # One program for even and odd sides, and one formula for the size of its result.
+                x = F.pad(x, (1, 1, 1, 1))
+                for axis, side in ((2, height), (3, width)):
+                    positions = torch.arange(side + 2, device=x.device) + (1 - side % 2)
+                    x = x.index_select(axis, positions.clamp(max=side + 1))
+            else:
+                x = F.pad(x, (width % 2, 1, height % 2, 1))
         return super().forward(x)
 
     def forward_with_norm_and_gelu(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
@@ -199,9 +207,8 @@ class AvgPool(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[2:]
         if is_open(height) or is_open(width) or height % 2 or width % 2:
-            # A copy of the last position changes no mean. Compilers are to get the size of the
-            # result by the formula that `SameConv` gives them.
-            x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+            # A copy of the last position changes no mean, and is dropped where the side is even.
+            x = F.pad(x, (0, 1, 0, 1), mode="replicate")
         return F.avg_pool2d(x, 2)
 
 
