@@ -15,9 +15,18 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def test_the_timm_lines_run(capsys):
-    (block,) = [b for b in BLOCKS if "features_only" in b]
+    (block,) = [b for b in BLOCKS if "cas_vit_xs" in b and "features_only" in b]
     exec(block, {})
     assert capsys.readouterr().out.splitlines()[0] == "torch.Size([1, 48, 120, 160])"
+
+
+def test_the_lines_on_windows_run():
+    (block,) = [b for b in BLOCKS if "set_window_size" in b]
+    variables = {}
+    exec(block, variables)
+    assert variables["model"].window_size == (10, 14)
+    maps = variables["gc_vit"](torch.zeros(1, 3, 65, 97))
+    assert [tuple(m.shape[2:]) for m in maps] == [(17, 25), (9, 13), (5, 7), (3, 4)]
 
 
 def test_the_lines_on_neighborhood_attention_run(capsys):
