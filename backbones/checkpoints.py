@@ -30,8 +30,8 @@ KeyRules = Sequence[tuple[str, str]]
 # that it is an average of into that one.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "net")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "body.", "graph_module.")
-# The model's own keys, and as timm's wrappers flatten them.
-_OWN_RULES = ((r"^stages_(\d+)\.", r"stages.\1."),)
+# timm's feature extractors flatten names so, ours and its own.
+_FLATTENED_RULES = ((r"^stages_(\d+)\.", r"stages.\1."),)
 
 
 @dataclass
@@ -401,11 +401,12 @@ def convert_checkpoint(
             not.
     """
     state = strip_prefixes(unwrap_nesting(checkpoint))
+    plain = map_keys(state, _FLATTENED_RULES)
     own = model.state_dict()
     trunk = {k for k in own if k.startswith(("stem.", "stages."))}
     best: tuple[int, str, dict[str, torch.Tensor], list[str]] | None = None
-    for dialect, rules in {"densezoo": _OWN_RULES, **dialects}.items():
-        mapped = map_keys(state, rules)
+    for dialect, rules in {"densezoo": (), **dialects}.items():
+        mapped = map_keys(plain, rules)
         notes = model.adapt_checkpoint(mapped)
         score = len(trunk & mapped.keys())
         if best is None or score > best[0]:

@@ -18,7 +18,8 @@ from ..layers.conv import fold_norm_into_previous, run_channels_last
 from ..layers.linear import Linear
 from ..layers.mlp import Mlp
 from ..layers.rel_pos import MlpPosEmbed, MlpRelPosBias, RelPosBias
-from ..layers.resolution import Length, crop, is_open, num_windows, pad_to_windows
+from ..layers.resolution import crop, num_windows, pad_to_windows
+from ..layers.tracing import Length, is_open
 from ..layers.window_attention import attend, merge, partition
 from .base import Stage
 

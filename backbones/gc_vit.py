@@ -187,7 +187,8 @@ class GlobalAttention(nn.Module):
             (B', N, C).
         """
         key, value = self.kv(windows).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        images, times = query.shape[0], windows.shape[0] // query.shape[0]
+        images = query.shape[0]
+        times = windows.shape[0] // images if images != 0 else 0
         if is_open(times) or images > 1:
             image = torch.arange(windows.shape[0], device=windows.device) // times
             query = query.index_select(0, image)
@@ -289,7 +290,8 @@ class GCViTStage(ChannelsLastStage):
         # Windows that need no padding are cut once for all blocks.
         are_whole = not (is_open(height) or is_open(width) or height % rows or width % columns)
         if are_whole:
-            x = partition(x, size).unflatten(1, size).unflatten(0, (images, -1))
+            windows = (height // rows) * (width // columns)
+            x = partition(x, size).unflatten(1, size).unflatten(0, (images, windows))
         x = self.run_blocks(x, *queries)
         if are_whole:
             x = merge(x.flatten(0, 1).flatten(1, 2), size, height, width)

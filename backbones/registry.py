@@ -397,10 +397,9 @@ def _find_tagged(registered: Registered, cfg: str | Mapping | PretrainedCfg | No
     """Find the weights that a tag means, or the tag within a configuration of timm."""
     if isinstance(cfg, str) and cfg not in registered.tags:
         known = ", ".join(tag for tag in registered.tags if tag)
-        there_are = f"and there are {known}" if known else "of which there are none"
+        there_are = f", and there are {known}" if known else ""
         raise ValueError(
-            f"unknown weights tag {cfg!r} of {registered.name}: the name alone is enough, "
-            f"{there_are}"
+            f"unknown weights tag {cfg!r} of {registered.name}: the name alone is enough{there_are}"
         )
     tag = cfg.get("tag") if isinstance(cfg, Mapping) else getattr(cfg, "tag", cfg)
     return registered.tags.get(tag, registered.weights)

@@ -21,7 +21,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from ..backbones.registry import Published, check_model_name, find_backbone
+from ..backbones.registry import Published, check_model_name, find_weights
 from ..kernels import runtime
 from ..kernels.neighborhood_attention.dispatch import count_operator_macs
 from ..layers.arguments import check_whole_number
@@ -236,9 +236,9 @@ def count_macs(
         size = check_size(own_size if size is None else size)
         in_chans = 3 if in_chans is None else in_chans
         check_whole_number("in_chans", in_chans, 1)
-        registered = find_backbone(name)
-        if registered and size == own_size and in_chans == 3:
-            published = registered.weights.published
+        weights = find_weights(name)
+        if weights and size == own_size and in_chans == 3:
+            published = weights.published
         model = build_model(name, size, in_chans=in_chans)
     elif not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
         raise ValueError(

@@ -253,6 +253,23 @@ def test_state_dicts_of_every_feature_class_load(feature_cls, tmp_path):
     assert all(torch.equal(a, b) for a, b in values)
 
 
+@pytest.mark.parametrize(
+    "name, peer, arguments",
+    [
+        ("maxvit_tiny", "maxvit_tiny_tf_224", dict(depths=(1, 1, 1, 1))),
+        ("gc_vit_xxtiny", "gcvit_xxtiny", {}),
+    ],
+    ids=["maxvit", "gc_vit"],
+)
+def test_what_timms_extractors_hold_of_timms_own_model_loads_whole(name, peer, arguments):
+    state = timm.create_model(peer, features_only=True, **arguments).state_dict()
+    model = timm.create_model(name, **arguments)
+    rules = BACKBONES[name].key_rules
+    _, report = convert_checkpoint(state, model, rules, first_conv="stem.conv1")
+    assert report.dialect == "timm" and not report.unexpected and not report.reshaped
+    assert all(key.startswith("head.") for key in report.missing)
+
+
 def test_a_file_for_other_image_channels_names_the_argument(tmp_path):
     path = saved(tmp_path, timm.create_model("cas_vit_xs", in_chans=1).state_dict())
     with pytest.raises(ValueError, match="in_chans=1"):

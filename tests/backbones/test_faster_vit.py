@@ -62,7 +62,7 @@ def load(path, name="faster_vit_0", **arguments):
 
 # Carriers at any grid
 
-# The specification's own calculation in float64: mean, std, l2, first and last value.
+# Another calculation from the definition, in float64: mean, std, l2, first and last value.
 VALUES = {
     (256, 448): [
         (0.08326018, 3.17505741, 1075.622414, 5.32210254, -1.25929546),

@@ -139,6 +139,16 @@ def test_windows_cut_once_for_a_stage_are_those_that_each_block_cuts(size):
             assert relative_error(x, expected.permute(0, 3, 1, 2)) < 1e-5
 
 
+@pytest.mark.parametrize("has_gradient", [False, True], ids=["inference", "training"])
+def test_a_batch_without_images_gives_maps_without_images(has_gradient):
+    model = GCViT(**SMALL)
+    with torch.set_grad_enabled(has_gradient):
+        for size in [(64, 64), (224, 224)]:
+            maps = model.forward_intermediates(torch.empty(0, 3, *size), intermediates_only=True)
+            assert [m.shape[0] for m in maps] == [0] * 4
+            assert maps[0].shape[2:] == (size[0] // 4, size[1] // 4)
+
+
 def small_stage(dim=16):
     """A stage of a local and a global block, windows of 6, that pools its query twice."""
     torch.manual_seed(0)
@@ -301,6 +311,11 @@ def test_the_larger_windows_have_the_published_number_of_parameters(tag):
     model = timm.create_model(f"gc_vit_large{tag}", device="meta")
     params = sum(p.numel() for p in model.parameters())
     assert params == {384: 202_860_610, 512: 203_795_362}[TAGS[tag][1]]
+
+
+def test_a_tag_of_weights_without_tags_is_refused_in_a_whole_sentence():
+    with pytest.raises(ValueError, match="'in1k' of gc_vit_xxtiny: the name alone is enough$"):
+        timm.create_model("gc_vit_xxtiny.in1k", device="meta")
 
 
 # Initialisation and arguments

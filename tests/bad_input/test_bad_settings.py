@@ -6,6 +6,8 @@ A table of cases: a setting, and parts of the line that `train` says of it.
 import pytest
 from mistakes import CONFIG, classifier_options, snapshot
 
+from densezoo.tools.engine.config_files import shipped_configs
+
 # Options beside those of a good run, and parts of the line that `train` says.
 OPTIONS = {
     "no-equals": ("model", "KEY=VALUE", "'model'"),
@@ -77,3 +79,17 @@ def test_a_mistake_in_a_config_is_one_line_before_any_work(case, run, stage, tmp
         assert part in line, line
     assert not list(tmp_path.rglob("*.pth"))
     assert snapshot(stage) == before
+
+
+def test_a_hook_that_needs_another_is_named_before_any_work(run, stage, tmp_path):
+    config = tmp_path / "alone.py"
+    config.write_text(
+        f"_base_ = {str(shipped_configs()[CONFIG])!r}\n"
+        "custom_hooks = [dict(type='SelfDistillationHook', weight=1.0, begin_epoch=0)]\n"
+    )
+    code, said = run(f"train {config} --work-dir work", classifier_options(stage))
+    assert code == 1, said
+    assert "Traceback" not in said
+    line = said.strip().splitlines()[-1]
+    assert line.startswith("densezoo train: error: SelfDistillationHook learns from the average")
+    assert not list(tmp_path.rglob("*.pth"))

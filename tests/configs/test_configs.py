@@ -135,6 +135,8 @@ def _small_data(name: str, root: Path) -> list[str]:
         options += [f"{part}.model_kwargs.depths=(1,1,1,1)"]
     if re.match("faster_vit_[3-6]", name):
         options += [f"{part}.model_kwargs.dims=(32,64,128,256)"]
+    if re.match("faster_vit_[1-6]", name):  # no epoch after the first comes here
+        options += ["custom_hooks.1.begin_epoch=0"]
     return options
 
 
@@ -215,7 +217,7 @@ def test_one_step_of_training_and_the_metrics_run(name, digits, tmp_path):
     after = dict(runner.model.named_parameters())
     same = [key for key in matrices if torch.equal(before[key], after[key])]
     # The last layer of DINO's predictors of boxes starts at zero, and passes nothing back.
-    same = [key for key in same if not key.startswith("bbox_head.reg_branches.")]
+    same = [key for key in same if not re.match(r"bbox_head\.reg_branches\.\d+\.[02]\.", key)]
     assert not same, f"not trained: {same}"
     assert (tmp_path / "iter_1.pth").exists()
 

@@ -170,6 +170,12 @@ def test_the_command_prints_published_figures_at_their_size_alone_and_no_warning
     assert err == ""
 
 
+def test_published_figures_are_those_of_the_tag():
+    report = count_macs("maxvit_tiny.in1k_384")
+    assert report.size == (384, 384)
+    assert report.published.gmacs == pytest.approx(report.macs / 1e9, rel=0.01)
+
+
 def test_the_command_lists_what_it_could_not_count(capfd):
     assert main(["macs", "sequencer2d_s"]) == 0
     assert "not counted: aten::lstm (36 calls)" in capfd.readouterr().out

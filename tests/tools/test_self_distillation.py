@@ -7,7 +7,10 @@ import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
+from oracles import relative_error
 from small_run import make_runner
+
+from densezoo.tools.engine.self_distillation import SelfDistillationHook
 
 EMA = dict(type="EMAHook", ema_type="ExponentialMovingAverage", momentum=0.5, update_buffers=True)
 
@@ -68,6 +71,22 @@ def test_the_term_is_the_published_one_from_its_epoch_on(tmp_path):
     assert runner.model.distillation is None
 
 
+def test_the_student_alone_has_a_gradient(tmp_path):
+    """That of the divergence by the student's logits: the difference of the two predictions."""
+    runner = make_classifier_runner(tmp_path, weight=0.5, begin_epoch=0)
+    runner.train()
+    (hook,) = [hook for hook in runner.hooks if isinstance(hook, SelfDistillationHook)]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    logits = torch.randn(2, 3, generator=generator).requires_grad_()
+    hook.compute_loss(images, [logits]).backward()
+    with torch.no_grad():
+        teacher = (hook.teacher.backbone(images) / 3).softmax(-1)
+        expected = 50 * 0.5 / 3 * ((logits / 3).softmax(-1) - teacher) / len(images)
+    assert relative_error(logits.grad, expected) < 1e-5
+    assert all(p.grad is None for p in hook.teacher.parameters())
+
+
 def test_another_model_is_refused(tmp_path):
     hook = dict(type="SelfDistillationHook", weight=1.0, begin_epoch=0)
     with pytest.raises(ValueError, match="takes an ImageClassifier, and Line is none"):
@@ -78,6 +97,13 @@ def test_a_run_without_an_average_is_refused(tmp_path):
     runner = make_classifier_runner(tmp_path, weight=1.0, begin_epoch=0)
     runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, EMAHook)]
     with pytest.raises(ValueError, match="custom_hooks has none: add one"):
+        runner.train()
+
+
+def test_a_run_that_counts_iterations_is_refused_where_the_term_would_never_come(tmp_path):
+    runner = make_classifier_runner(tmp_path, weight=1.0, begin_epoch=1)
+    runner._train_loop = dict(type="IterBasedTrainLoop", max_iters=3)
+    with pytest.raises(ValueError, match="is 1, and the run counts iterations: set it to 0"):
         runner.train()
 
 

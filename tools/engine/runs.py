@@ -14,6 +14,7 @@ from .image_data import fit_stream_loaders
 from .process_group import check_equal_lengths
 from .runner import DurableRunner
 from .seeding import unwrapped
+from .self_distillation import SelfDistillationHook
 
 # A disk or a quota that is full, a limit on the size of files, a disk that became read-only.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -27,8 +28,8 @@ def build_runner(cfg: Config, task: str) -> DurableRunner:
         task: "train" (with validation) or "test".
 
     Raises:
-        ValueError: if a part of the config can't be built, the data has no image, or processes
-            would run through different numbers of batches.
+        ValueError: if a part of the config can't be built, the data has no image, processes
+            would run through different numbers of batches, or a hook lacks what it needs.
     """
     adapt_to_cpu(cfg)
     fit_stream_loaders(cfg)
@@ -54,6 +55,9 @@ def build_runner(cfg: Config, task: str) -> DurableRunner:
     check_equal_lengths(list(filter(None, loops)))
     datasets = [unwrapped(loop.dataloader.dataset) for loop in filter(None, loops)]
     check_classes(datasets, runner.model)
+    for hook in runner.hooks if task == "train" else ():
+        if isinstance(hook, SelfDistillationHook):
+            hook.check(runner)
     return runner
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from mmengine.hooks import EMAHook, Hook
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor
 
 from ...layers.arguments import check_number, check_whole_number
@@ -33,8 +33,7 @@ class SelfDistillationHook(Hook):
         temperature: what logits are divided by, above 0.
 
     Raises:
-        ValueError: an argument out of its range; as training starts, a model that is no
-            ``ImageClassifier``, or a config without an EMAHook.
+        ValueError: an argument out of its range; from `check`, what a run lacks.
     """
 
     def __init__(self, weight: float, begin_epoch: int, temperature: float = 3.0) -> None:
@@ -47,20 +46,35 @@ class SelfDistillationHook(Hook):
         self.begin_epoch = begin_epoch
         self.temperature = temperature
 
-    def before_train(self, runner: Runner) -> None:
-        """Find the student and the teacher."""
-        self.student = getattr(runner.model, "module", runner.model)
-        if not hasattr(self.student, "distillation"):
+    def check(self, runner: Runner) -> None:
+        """Check that a run has what the hook needs; before it starts, where no work is lost.
+
+        Raises:
+            ValueError: the model is no ``ImageClassifier``; there is no EMAHook; or the run counts
+                iterations, in which no epoch after the first comes.
+        """
+        student = getattr(runner.model, "module", runner.model)
+        if not hasattr(student, "distillation"):
             raise ValueError(
-                f"SelfDistillationHook takes an ImageClassifier, and {type(self.student).__name__} "
+                f"SelfDistillationHook takes an ImageClassifier, and {type(student).__name__} "
                 "is none: remove it from custom_hooks"
             )
-        averages = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
-        if not averages:
+        if not any(isinstance(hook, EMAHook) for hook in runner.hooks):
             raise ValueError(
                 "SelfDistillationHook learns from the average of an EMAHook, and custom_hooks has "
                 "none: add one"
             )
+        if self.begin_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise ValueError(
+                f"begin_epoch of SelfDistillationHook is {self.begin_epoch}, and the run counts "
+                "iterations: set it to 0, or train_cfg.type to EpochBasedTrainLoop"
+            )
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the student and the teacher."""
+        self.check(runner)
+        self.student = getattr(runner.model, "module", runner.model)
+        averages = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
         self.teacher = averages[0].module
 
     def before_train_epoch(self, runner: Runner) -> None:
