@@ -151,14 +151,8 @@ class SqueezeExcite(nn.Module):
         self.fc2 = PointwiseConv(hidden_dim, dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.gate(x)
-
-    def gate(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the factors of channels alone, for who multiplies them into weights.
-
-        (B, dim, H, W) -> (B, dim, 1, 1).
-        """
-        return self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        mean = x.mean((2, 3), keepdim=True)
+        return x * self.fc2(self.act(self.fc1(mean))).sigmoid()
 
 
 class ConvNorm(nn.Module):
