@@ -145,18 +145,17 @@ class Grid(NamedTuple):
             share = (are_more[0] | are_more[1]).to(x.dtype)
         return cls(rows, columns, share)
 
-    @property
-    def size(self) -> tuple[Length, Length]:
-        """Rows and columns of the grid of carriers."""
+    def size(self) -> tuple[Length, Length]:  # no property: torch 2.6 cannot compile one here
+        """Count rows and columns of the grid of carriers."""
         return _SIDE * self.rows, _SIDE * self.columns
 
     def to_raster(self, carriers: torch.Tensor) -> torch.Tensor:
         """Put together the carriers of each image: (B R S, 4, C) -> (B, 4RS, C), row by row."""
-        return merge(carriers, (_SIDE, _SIDE), *self.size).flatten(1, 2)
+        return merge(carriers, (_SIDE, _SIDE), *self.size()).flatten(1, 2)
 
     def to_windows(self, carriers: torch.Tensor) -> torch.Tensor:
         """Give each window its carriers: the inverse of `to_raster`."""
-        return partition(carriers.unflatten(1, self.size), (_SIDE, _SIDE))
+        return partition(carriers.unflatten(1, self.size()), (_SIDE, _SIDE))
 
 
 class CarrierTokens(nn.Module):
@@ -385,7 +384,7 @@ class Block(nn.Module):
         if grid is None:
             return self.windows(x + embed, size)
         carriers = grid.to_raster(x[:, :_CARRIERS])
-        carriers = self.carriers(carriers + self.carriers.embed(grid.size), grid.size)
+        carriers = self.carriers(carriers + self.carriers.embed(grid.size()), grid.size())
         x = torch.cat([grid.to_windows(carriers), x[:, _CARRIERS:] + embed], dim=1)
         mask = None
         if grid.share is not None:

@@ -1,7 +1,7 @@
 """``densezoo list``: the models of the zoo with their sizes, published results and weights.
 
-Parameters are counted on a model without memory (the meta device); MACs and results are the
-published ones, which ``densezoo macs`` compares with what it counts.
+Parameters are counted on a model without memory (the meta device); MACs and results are those of
+its registration, which ``densezoo macs`` compares with what it counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 import timm
 
 from ..backbones.aliases import ALIASES
-from ..backbones.registry import BACKBONES, Published
+from ..backbones.registry import BACKBONES, Published, find_weights
 from .tables import format_table
 
 EXAMPLE = "densezoo list --filter 'cas_vit_*'"
@@ -29,8 +29,9 @@ HEADER = (
     "licence",
 )
 NOTES = (
-    "As published: GMACs at the size given; ImageNet-1k top-1 of each file; COCO box AP of "
-    "RetinaNet,\nbox / mask AP of Mask R-CNN, 1x schedule; ADE20K mIoU of Semantic FPN."
+    "GMACs at the size given, counted where the authors' do not fit their code. As published:\n"
+    "ImageNet-1k top-1 of each file; COCO box AP of RetinaNet, box / mask AP of Mask R-CNN, 1x\n"
+    "schedule; ADE20K mIoU of Semantic FPN."
 )
 
 
@@ -52,9 +53,18 @@ def select_models(pattern: str | None = None) -> list[str]:
     return names
 
 
+def with_tags(name: str) -> list[str]:
+    """List the zoo's model `name`, and behind it "name.tag" of each file beside the default one."""
+    return [name, *(f"{name}.{tag}" for tag in list(BACKBONES[name].tags)[1:])]
+
+
 def describe_model(name: str) -> tuple[str, ...]:
-    """Describe the zoo's model `name`, a cell for each title of `HEADER`; "-" is not published."""
-    weights = BACKBONES[name].weights
+    """Describe the zoo's model `name`, a cell for each title of `HEADER`; "-" is not published.
+
+    Args:
+        name: with the tag of a published file, or without for the default one.
+    """
+    weights = find_weights(name)
     published: Published = weights.published
     num_params = sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
     _, height, width = weights.input_size
@@ -88,7 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the models of the zoo, then where their weights are."""
     names = select_models(args.filter)
-    print(format_table(HEADER, [describe_model(name) for name in names]))
+    rows = [describe_model(tagged) for name in names for tagged in with_tags(name)]
+    print(format_table(HEADER, rows))
     print(NOTES)
     pages: dict[str, list[str]] = {}
     for name in names:

@@ -6,7 +6,7 @@ import timm
 from densezoo import list_backbones
 from densezoo.backbones.registry import BACKBONES
 from densezoo.tools.cli import main
-from densezoo.tools.list_models import HEADER, describe_model, select_models
+from densezoo.tools.list_models import HEADER, describe_model, select_models, with_tags
 
 
 def test_every_model_is_printed_with_the_page_of_its_weights(capfd):
@@ -14,10 +14,22 @@ def test_every_model_is_printed_with_the_page_of_its_weights(capfd):
     out, err = capfd.readouterr()
     assert err == ""
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[2 : 2 + len(BACKBONES)]] == list(BACKBONES)
+    rows = [line.split()[0] for line in lines[2:]]
+    assert [name for name in rows if name in BACKBONES] == list(BACKBONES)
     for name in list_backbones():
         pages = [line for line in lines if line.endswith(BACKBONES[name].weights.page)]
         assert any(name in line for line in pages)
+
+
+def test_every_file_of_a_model_has_a_row():
+    assert with_tags("maxvit_tiny") == [
+        "maxvit_tiny",
+        "maxvit_tiny.in1k_384",
+        "maxvit_tiny.in1k_512",
+    ]
+    assert with_tags("cas_vit_xs") == ["cas_vit_xs"]
+    cells = describe_model("maxvit_tiny.in1k_384")
+    assert cells[:2] == ("maxvit_tiny.in1k_384", "30.977") and cells[3:5] == ("384x384", "85.2")
 
 
 def test_a_model_is_described_by_its_parameters_and_published_results():
