@@ -186,8 +186,8 @@ ORDERED = some_of(
 
 @pytest.mark.parametrize("name, out_indices", list(ORDERED))
 def test_every_form_gives_the_maps_asked_for_in_that_order(name, out_indices):
-    reference = create(name).eval()
-    x = image(97, 131)
+    reference = create(name).double().eval()
+    x = image(97, 131).double()
     with torch.no_grad():
         expected = reference.forward_intermediates(x, out_indices, intermediates_only=True)
     for form in FORMS[1:]:
@@ -197,13 +197,13 @@ def test_every_form_gives_the_maps_asked_for_in_that_order(name, out_indices):
         else:
             model = make(name, form, out_indices=out_indices)
             channels, strides = model.feature_info.channels(), model.feature_info.reduction()
-        load_trunk(model, reference.state_dict())
+        load_trunk(model.double(), reference.state_dict())
         with torch.no_grad():
             maps = as_list(model.eval()(x))
         assert [m.shape[1] for m in maps] == channels
         assert [m.shape[2] for m in maps] == [math.ceil(97 / s) for s in strides]
         for m, e in zip(maps, expected, strict=True):
-            assert relative_error(m, e) < 1e-5, form
+            assert relative_error(m, e) < 1e-10, form
 
 
 @every_design
@@ -282,11 +282,11 @@ def test_images_of_a_batch_do_not_affect_each_other(name):
 
 @every_design
 def test_it_vectorises_over_images(name):
-    model = create(name).eval()
-    x = image(32, 64, batch=3)
+    model = create(name).double().eval()
+    x = image(32, 64, batch=3).double()
     with torch.no_grad():
         mapped = torch.vmap(lambda one: model(one[None])[0])(x)
-        assert relative_error(mapped, model(x)) < 1e-5
+        assert relative_error(mapped, model(x)) < 1e-10
 
 
 @every_name
@@ -443,15 +443,20 @@ def test_checkpointing_changes_neither_output_nor_gradient_nor_statistics(name, 
 
 @every_name
 def test_checkpointing_lowers_the_peak_of_memory_by_a_quarter_and_more(name):
-    peaks = []
-    for enable in (False, True):
+    def peak(enable, batch):
         model = create(name, features_only=True).train()
         model.set_grad_checkpointing(enable)
         with PeakMemory() as memory:
-            loss_of(model(image(224, 224, batch=4))).backward()
-        peaks.append(memory.peak)
-    # Of two blocks a stage one is held at a time, and the gradients of the weights are.
-    assert peaks[1] < 0.75 * peaks[0]
+            loss_of(model(image(224, 224, batch=batch))).backward()
+        return memory.peak, sum(4 * p.numel() for p in model.parameters())
+
+    # Of two blocks a stage one is held at a time, and the gradients of the weights are: of so many
+    # images that those are a small part.
+    for batch in (4, 8, 16):
+        plain, gradients = peak(False, batch)
+        if gradients < plain / 4:
+            break
+    assert peak(True, batch)[0] < 0.75 * plain
 
 
 @every_name
