@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -23,7 +23,7 @@ from torch import nn
 
 from ..backbones.registry import Published, check_model_name, find_weights
 from ..kernels import runtime
-from ..kernels.neighborhood_attention.dispatch import count_operator_macs
+from ..kernels.operators import Operator, registered
 from ..layers.arguments import check_whole_number
 from .tables import format_table
 
@@ -55,21 +55,29 @@ def _per_value(num_macs: int, of: str = "input") -> Handle:
     return lambda inputs, outputs: num_macs * prod(_shape(inputs[0]))
 
 
-def _neighborhood_attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """MACs of torch.ops.densezoo.neighborhood_attention, by the operator's own formula."""
-    query, extra_key, kernel_size = inputs[0], inputs[4], inputs[6]
-    return count_operator_macs(
-        _shape(query),
-        None if extra_key.type().kind() == "NoneType" else _shape(extra_key),
-        [size.toIValue() for size in kernel_size.node().inputs()],
-    )
+def _macs_by_formula(operator: Operator) -> Handle:
+    """Give the handle of an operator of our own: its formula, of shapes and constants."""
+
+    def count(inputs: list[Any], outputs: list[Any]) -> int:
+        tensors = inputs[: operator.num_tensors]
+        geometry = inputs[operator.num_tensors : -2]  # what follows is no geometry: scale, backend
+        shapes = [None if t.type().kind() == "NoneType" else _shape(t) for t in tensors]
+        return operator.count_macs(shapes, operator.make_geometry(*map(_constant, geometry)))
+
+    return count
+
+
+def _constant(value: Any) -> Any:
+    """Get a number that a trace holds, or its list of numbers."""
+    if value.type().kind() == "ListType":
+        return [item.toIValue() for item in value.node().inputs()]
+    return value.toIValue()
 
 
 # Operators that fvcore has no handle for, or one that fails on some shapes. Operators of our own
-# enter with the formula of their dispatch module, under the name they have in torch.ops:
-# "densezoo::name".
+# enter with the formula of their dispatch module, under the name they have in torch.ops.
 OPERATOR_HANDLES: dict[str, Handle] = {
-    "densezoo::neighborhood_attention": _neighborhood_attention_macs,
+    **{f"densezoo::{name}": _macs_by_formula(operator) for name, operator in registered.items()},
     "aten::scaled_dot_product_attention": _attention_macs,
     "aten::matmul": _product_macs(0),
     "aten::mm": _product_macs(0),
@@ -97,7 +105,7 @@ ZERO_OPERATORS = (
     "leaky_relu", "prelu", "mish", "softplus", "tanh", "softmax", "log_softmax",
     "logsumexp",
     # maxima
-    "max_pool2d", "adaptive_max_pool2d", "amax", "amin", "topk", "argmax", "minimum",
+    "max_pool2d", "adaptive_max_pool2d", "amax", "amin", "topk", "argmax", "minimum", "maximum",
     # no arithmetic
     "unflatten", "pad", "expand_as", "repeat", "repeat_interleave", "reshape_as", "view_as",
     "unfold", "im2col", "col2im", "dropout", "feature_dropout", "clone", "alias", "lift_fresh",
@@ -179,6 +187,7 @@ def build_model(
     *,
     in_chans: int = 3,
     features_only: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build a model of densezoo or timm, randomly initialised, for images of a size.
 
@@ -189,12 +198,13 @@ def build_model(
         size: height and width, pixels; the model's own if None.
         in_chans: channels of the image.
         features_only: build it without norm and head, to return stage maps.
+        arguments: further arguments of the model.
 
     Raises:
         ValueError: there is no such model, or it cannot be built so.
     """
     own_size = input_size(name)[1:]
-    arguments: dict[str, Any] = dict(in_chans=in_chans)
+    arguments = dict(arguments or {}, in_chans=in_chans)
     if features_only:
         arguments["features_only"] = True
     if size is not None and tuple(size) != own_size and get_pretrained_cfg(name).fixed_input_size:

@@ -1,8 +1,8 @@
 """Compile Triton kernels for GPUs that are not there, and tell what they take of one.
 
-``python -m densezoo.tools.kernel_resources --out CSV``: every kernel of neighborhood attention in
-every tiling that it is tuned over, at the shapes of published models, for each GPU: registers,
-spills, shared memory and matrix instructions.
+``python -m densezoo.tools.kernel_resources neighborhood_attention --out CSV``: every kernel of the
+operator in every tiling that it is tuned over, at the shapes of published models, for each GPU:
+registers, spills, shared memory and matrix instructions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import csv
 import functools
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -19,12 +20,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..kernels import triton_launch
+from ..kernels.triton_launch import block_of_channels
 from .bench_throughput import Setup, describe_run, new_file
 
 # name -> backend, architecture and threads of a warp, as Triton names them.
@@ -42,95 +44,191 @@ DTYPES = {
     "tf32": ("fp32", torch.float32, "tf32"),
 }
 MATRIX_INSTRUCTIONS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
-KERNELS = (
-    "_forward_kernel",
-    "_backward_query_kernel",
-    "_backward_key_kernel",
-    "_backward_bias_kernel",
-    "_backward_extra_kernel",
-)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a kernel is compiled for.
+    """What an operator's kernels are compiled for.
 
     Attributes:
-        shape: "line", "small_map" or "map", as the tilings are listed by.
-        head_dim: channels of a head.
-        kernel_size: keys of a window along each axis.
-        stride: queries that share a window along each axis.
-        is_causal: along each axis.
-        has_bias: whether there is a table of biases.
-        has_extra: whether there are extra keys and a cotangent of the lse.
-        ones: arguments that are 1, which Triton compiles in.
+        shape: what the tilings are listed by.
+        channels: channels of a head, the most of those in use.
+        constants: arguments that are compiled in, by kernels' names for them; None: not given.
+        skipped: kernels that such calls do not launch.
+        is_aligned: whether strides are multiples of 16.
     """
 
     shape: str
-    head_dim: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    is_causal: tuple[bool, bool] = (False, False)
-    has_bias: bool = True
-    has_extra: bool = False
-    ones: tuple[str, ...] = ()
+    channels: int
+    constants: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+    is_aligned: bool = True
 
 
-# NAT and DiNAT, DiNAT at 384 with 11x11, FasterViT-4's heads, and what no published model has.
-SHAPES = {
-    "nat": Shape("map", 32, (7, 7), ones=("dilation_h", "dilation_w")),
-    "dinat": Shape("small_map", 32, (7, 7)),
-    "dinat_11x11": Shape("map", 32, (11, 11)),
-    "head_49": Shape("map", 49, (7, 7), ones=("dilation_h", "dilation_w")),
-    "head_64": Shape("map", 64, (7, 7)),
-    "head_128": Shape("map", 128, (7, 7)),
-    "line": Shape("line", 32, (1, 13), ones=("height", "dilation_h", "num_shares")),
-    "causal_extra": Shape(
-        "map",
-        32,
-        (8, 5),
-        stride=(2, 3),
-        is_causal=(True, False),
-        has_bias=False,
-        has_extra=True,
-        ones=("batch_size", "num_heads", "num_extra", "num_shares"),
+@dataclass(frozen=True)
+class Operator:
+    """An operator's kernels.
+
+    Attributes:
+        kernels: their names.
+        shapes: what they are compiled for, by name.
+        pointers: Triton's types of what is not of the tokens' dtype.
+    """
+
+    kernels: tuple[str, ...]
+    shapes: dict[str, Shape]
+    pointers: dict[str, str]
+
+
+def _neighborhood_shape(
+    shape: str,
+    head_dim: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    is_causal: tuple[bool, bool] = (False, False),
+    has_bias: bool = True,
+    has_extra: bool = False,
+    ones: tuple[str, ...] = (),
+) -> Shape:
+    """Describe calls of neighborhood attention; Triton compiles arguments in that are 1."""
+    constants: dict[str, Any] = dict.fromkeys(ones, 1)
+    constants |= {"HEAD_DIM": head_dim, "BLOCK_D": block_of_channels(head_dim)}
+    for name, pair in (("KERNEL", kernel_size), ("STRIDE", stride), ("CAUSAL", is_causal)):
+        constants |= zip((f"{name}_H", f"{name}_W"), pair, strict=True)
+    skipped = []
+    if not has_bias:
+        constants["bias_ptr"] = None
+        skipped.append("_backward_bias_kernel")
+    if not has_extra:
+        constants |= dict.fromkeys(("extra_key_ptr", "extra_value_ptr", "grad_lse_ptr"))
+        skipped.append("_backward_extra_kernel")
+    return Shape(shape, head_dim, constants, tuple(skipped), head_dim % 16 == 0)
+
+
+def _routing_shape(
+    shape: str,
+    head_dim: int,
+    value_dim: int | None = None,
+    is_dense: bool = False,
+    is_padded: bool = True,
+    ones: tuple[str, ...] = (),
+) -> Shape:
+    """Describe calls of routing attention."""
+    value_dim = value_dim or head_dim
+    constants: dict[str, Any] = dict.fromkeys(ones, 1)
+    constants |= {"HEAD_DIM": head_dim, "BLOCK_D": block_of_channels(head_dim)}
+    constants |= {"VALUE_DIM": value_dim, "BLOCK_V": block_of_channels(value_dim)}
+    unused = ("keepers_ptr", "keepers_start_ptr") if is_dense else ("counts_ptr",)
+    constants |= dict.fromkeys(unused)
+    skipped = ()
+    if not is_padded:
+        constants |= dict.fromkeys(("pad_count_ptr", "pad_key_ptr", "pad_value_ptr"))
+        skipped = ("_backward_pad_kernel",)
+    is_aligned = head_dim % 16 == value_dim % 16 == 0
+    return Shape(shape, max(head_dim, value_dim), constants, skipped, is_aligned)
+
+
+OPERATORS = {
+    # NAT and DiNAT, DiNAT at 384 with 11x11, FasterViT-4's heads, and what no published model has.
+    "neighborhood_attention": Operator(
+        kernels=(
+            "_forward_kernel",
+            "_backward_query_kernel",
+            "_backward_key_kernel",
+            "_backward_bias_kernel",
+            "_backward_extra_kernel",
+        ),
+        shapes={
+            "nat": _neighborhood_shape("map", 32, (7, 7), ones=("dilation_h", "dilation_w")),
+            "dinat": _neighborhood_shape("small_map", 32, (7, 7)),
+            "dinat_11x11": _neighborhood_shape("map", 32, (11, 11)),
+            "head_49": _neighborhood_shape("map", 49, (7, 7), ones=("dilation_h", "dilation_w")),
+            "head_64": _neighborhood_shape("map", 64, (7, 7)),
+            "head_128": _neighborhood_shape("map", 128, (7, 7)),
+            "line": _neighborhood_shape(
+                "line", 32, (1, 13), ones=("height", "dilation_h", "num_shares")
+            ),
+            "causal_extra": _neighborhood_shape(
+                "map",
+                32,
+                (8, 5),
+                stride=(2, 3),
+                is_causal=(True, False),
+                has_bias=False,
+                has_extra=True,
+                ones=("batch_size", "num_heads", "num_extra", "num_shares"),
+            ),
+        },
+        pointers=dict.fromkeys(("lse_ptr", "grad_lse_ptr", "shared_ptr"), "*fp32")
+        | dict.fromkeys(("partial_ptr", "partial_key_ptr", "partial_value_ptr"), "*fp32"),
+    ),
+    # BiFormer's first stage at 224 and its third, its padded maps with regions of every size, and
+    # what no published model has.
+    "routing_attention": Operator(
+        kernels=(
+            "_forward_kernel",
+            "_backward_query_kernel",
+            "_backward_key_kernel",
+            "_backward_pad_kernel",
+        ),
+        shapes={
+            "windows": _routing_shape("medium", 32, is_padded=False, ones=("topk",)),
+            "dense": _routing_shape("dense", 32, is_dense=True, is_padded=False),
+            "dense_padded": _routing_shape("dense", 32, is_dense=True),
+            **{
+                f"uneven_{shape}": _routing_shape(
+                    shape, 20, 48, ones=("region_h", "region_w", "batch_size", "num_heads", "rows")
+                )
+                for shape in ("tiny", "large")
+            },
+            **{
+                f"{shape}_{head_dim}": _routing_shape(shape, head_dim)
+                for shape, head_dim in itertools.product(("tiny", "small", "large"), (32, 64, 128))
+            },
+        },
+        pointers=dict.fromkeys(("lse_ptr", "shared_ptr", "counts_ptr", "pad_count_ptr"), "*fp32")
+        | dict.fromkeys(("partial_key_ptr", "partial_value_ptr"), "*fp32")
+        | dict.fromkeys(("routes_ptr", "keepers_ptr", "keepers_start_ptr"), "*i64"),
     ),
 }
 
 
 def list_jobs(
-    targets: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str]
+    operator: str, targets: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """List what there is to compile: target, shape, dtype, kernel and tiling."""
-    path = _module("triton")
-    for target in targets:
+    """List what there is to compile: operator, target, shape, dtype, kernel and tiling."""
+    known = OPERATORS[operator]
+    path = triton_launch.operator_path(operator)
+    for target, dtype, name in itertools.product(targets, dtypes, shapes):
         vendor = TARGETS[target][0]
-        for dtype in dtypes:
-            if (vendor, dtype) == ("hip", "tf32"):
+        if (vendor, dtype) == ("hip", "tf32"):
+            continue
+        shape = known.shapes[name]
+        for kernel in known.kernels:
+            if kernel in shape.skipped:
                 continue
-            for name in shapes:
-                shape = SHAPES[name]
-                skipped = {
-                    "_backward_bias_kernel": not shape.has_bias,
-                    "_backward_extra_kernel": not shape.has_extra,
-                }
-                for kernel in KERNELS:
-                    if skipped.get(kernel):
-                        continue
-                    for tiling in path.tilings(
-                        kernel, shape.shape, DTYPES[dtype][1], shape.head_dim, vendor
-                    ):
-                        yield dict(
-                            target=target, shape=name, dtype=dtype, kernel=kernel, tiling=tiling
-                        )
+            for tiling in path.tilings(
+                kernel, shape.shape, DTYPES[dtype][1], shape.channels, vendor
+            ):
+                yield dict(
+                    operator=operator,
+                    target=target,
+                    shape=name,
+                    dtype=dtype,
+                    kernel=kernel,
+                    tiling=tiling,
+                )
 
 
-def compile_kernel(target: str, shape: str, dtype: str, kernel: str, tiling: Any) -> dict[str, Any]:
+def compile_kernel(
+    operator: str, target: str, shape: str, dtype: str, kernel: str, tiling: Any
+) -> dict[str, Any]:
     """Compile one kernel and measure it.
 
     Args:
+        operator: a name of `OPERATORS`.
         target: a name of `TARGETS`.
-        shape: a name of `SHAPES`.
+        shape: a name of the operator's shapes.
         dtype: a name of `DTYPES`.
         kernel: its name.
         tiling: one of those it is tuned over.
@@ -142,9 +240,9 @@ def compile_kernel(target: str, shape: str, dtype: str, kernel: str, tiling: Any
     import triton
     from triton.backends.compiler import GPUTarget
 
-    source = _make_source(kernel, SHAPES[shape], dtype, tiling)
+    source = _make_source(operator, kernel, OPERATORS[operator].shapes[shape], dtype, tiling)
     vendor = TARGETS[target][0]
-    options = _module("triton").launch_options(tiling, vendor)
+    options = triton_launch.launch_options(tiling, vendor) | triton_launch.FIXED_OPTIONS
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     is_amd = vendor == "hip"
     assembly = compiled.asm["amdgcn" if is_amd else "ptx"]
@@ -162,30 +260,14 @@ def compile_kernel(target: str, shape: str, dtype: str, kernel: str, tiling: Any
     )
 
 
-def _module(name: str) -> Any:
-    return import_module(f"..kernels.neighborhood_attention.{name}", __package__)
-
-
-def _make_source(kernel: str, shape: Shape, dtype: str, tiling: Any) -> Any:
+def _make_source(operator: str, kernel: str, shape: Shape, dtype: str, tiling: Any) -> Any:
     """Describe a kernel's arguments as a call does: types, constants, multiples of 16."""
     from triton.compiler import ASTSource
 
-    path = _module("triton")
-    function = path.kernel_function(kernel)
+    function = triton_launch.kernel_function(operator, kernel)
     token_type, _, precision = DTYPES[dtype]
-    constants = path.tile_options(tiling) | {
-        "HEAD_DIM": shape.head_dim,
-        "BLOCK_D": path.block_of_channels(shape.head_dim),
-        "PRECISION": precision,
-    }
-    for name in ("kernel_size", "stride", "is_causal"):
-        prefix = name.upper().removesuffix("_SIZE").removeprefix("IS_")
-        constants |= zip((f"{prefix}_H", f"{prefix}_W"), getattr(shape, name), strict=True)
-    constants |= dict.fromkeys(shape.ones, 1)
-    if not shape.has_bias:
-        constants["bias_ptr"] = None
-    if not shape.has_extra:
-        constants |= dict.fromkeys(("extra_key_ptr", "extra_value_ptr", "grad_lse_ptr"))
+    constants = shape.constants | triton_launch.tile_options(tiling) | {"PRECISION": precision}
+    pointers = OPERATORS[operator].pointers
     signature, aligned = {}, []
     for index, name in enumerate(function.arg_names):
         if name.endswith("_stride_d"):
@@ -193,14 +275,13 @@ def _make_source(kernel: str, shape: Shape, dtype: str, tiling: Any) -> Any:
         if name in constants or name.isupper():
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            is_float32 = name.startswith(("lse", "grad_lse", "shared", "partial"))
-            signature[name] = "*fp32" if is_float32 else f"*{token_type}"
+            signature[name] = pointers.get(name, f"*{token_type}")
             aligned.append(index)
         elif name == "scale":
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if "_stride_" in name and shape.head_dim % 16 == 0:
+            if "_stride_" in name and shape.is_aligned:
                 aligned.append(index)
     constants = {name: constants[name] for name in function.arg_names if name in constants}
     if "constants" in inspect.signature(ASTSource).parameters:  # Triton 3.2
@@ -242,15 +323,22 @@ def _cuobjdump() -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    for name, known in (("targets", TARGETS), ("dtypes", DTYPES), ("shapes", SHAPES)):
+    parser.add_argument("operator", choices=OPERATORS)
+    for name, known in (("targets", TARGETS), ("dtypes", DTYPES)):
         parser.add_argument(
             f"--{name}", nargs="+", choices=known, default=list(known), help="all by default"
         )
+    parser.add_argument("--shapes", nargs="+", help="names of the operator's; all by default")
     parser.add_argument("--out", metavar="CSV", help="a new file for the rows")
 
 
 def run(args: argparse.Namespace) -> None:
     """Compile, print the rows and write them where `--out` says."""
+    known = OPERATORS[args.operator].shapes
+    shapes = args.shapes or list(known)
+    for name in shapes:
+        if name not in known:
+            raise ValueError(f"--shapes has {name!r}: {args.operator} has {', '.join(known)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET is 1: such kernels cannot be compiled; unset it")
     with new_file(args.out) as file:
@@ -258,7 +346,7 @@ def run(args: argparse.Namespace) -> None:
         shared = {name: facts[name] for name in ("triton", "torch", "densezoo", "commit", "date")}
         shared["command"] = shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]])
         writer = None
-        for job in list_jobs(args.targets, args.dtypes, args.shapes):
+        for job in list_jobs(args.operator, args.targets, args.dtypes, shapes):
             row = compile_kernel(**job)
             print(*row.values(), flush=True)
             if file is not None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import checks
+from ..checks import check_whole_numbers, one_or_all, per_axis, shape
 from .windows import Neighborhood
 
 TENSOR_NAMES = ("query", "key", "value", "bias", "extra_key", "extra_value")
-AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -32,54 +32,24 @@ def checked_call(
 ) -> tuple[Tensors, Neighborhood, float]:
     """Check the arguments of a call; give its tensors (cast, under autocast), windows and scale."""
     tensors = (query, key, value, bias, extra_key, extra_value)
-    for name, tensor in zip(TENSOR_NAMES, tensors, strict=True):
-        is_optional = name in TENSOR_NAMES[3:]
-        if not isinstance(tensor, Tensor) and not (is_optional and tensor is None):
-            raise ValueError(f"{name} is {_brief(tensor)}: a tensor is taken")
+    checks.check_tensors(dict(zip(TENSOR_NAMES, tensors, strict=True)), TENSOR_NAMES[3:])
     num_axes = query.ndim - 3
     if not 1 <= num_axes <= 3:
         raise ValueError(
-            f"query has shape {_shape(query)}: (B, *grid, heads, head_dim) with a grid of 1 to 3 "
+            f"query has shape {shape(query)}: (B, *grid, heads, head_dim) with a grid of 1 to 3 "
             "axes is taken"
         )
     neighborhood = _make_neighborhood(
-        _per_axis("kernel_size", kernel_size, num_axes),
-        _per_axis("dilation", dilation, num_axes),
-        _per_axis("stride", stride, num_axes),
-        _per_axis("is_causal", is_causal, num_axes),
+        per_axis("kernel_size", kernel_size, num_axes),
+        per_axis("dilation", dilation, num_axes),
+        per_axis("stride", stride, num_axes),
+        per_axis("is_causal", is_causal, num_axes),
     )
     if not torch.jit.is_tracing():  # there sizes are tensors
         _check_shapes(*tensors, neighborhood)
-    tensors = cast_under_autocast(tensors)
-    _check_alike(tensors)
-    if scale is None:
-        return tensors, neighborhood, query.shape[-1] ** -0.5
-    is_number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
-    if not is_number or not isfinite(scale):
-        raise ValueError(f"scale is {_brief(scale)}: a finite number is taken, or None")
-    return tensors, neighborhood, float(scale)
-
-
-def _brief(value: object) -> str:
-    """What a message says of a wrong value: a tensor's contents are left out."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {_shape(value)}"
-    return repr(value)
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _per_axis(name: str, value: Any, num_axes: int) -> tuple[Any, ...]:
-    """Give one entry an axis."""
-    if not isinstance(value, (tuple, list)):
-        return (value,) * num_axes
-    if len(value) != num_axes:
-        raise ValueError(
-            f"{name} is {value!r}: one value, or {num_axes} of them, one an axis, is taken"
-        )
-    return tuple(value)
+    tensors = checks.cast_under_autocast(tensors)
+    checks.check_alike(dict(zip(TENSOR_NAMES, tensors, strict=True)))
+    return tensors, neighborhood, checks.checked_scale(scale, query.shape[-1])
 
 
 def _make_neighborhood(
@@ -89,19 +59,19 @@ def _make_neighborhood(
     is_causal: tuple[Any, ...],
 ) -> Neighborhood:
     """Check what describes the windows."""
-    _check_whole_numbers("kernel_size", kernel_size, 2)
-    _check_whole_numbers("dilation", dilation, 1)
-    _check_whole_numbers("stride", stride, 1)
+    check_whole_numbers("kernel_size", kernel_size, 2)
+    check_whole_numbers("dilation", dilation, 1)
+    check_whole_numbers("stride", stride, 1)
     for step, size in zip(stride, kernel_size, strict=True):
         if step > size:
             raise ValueError(
-                f"stride is {_one_or_all(stride)}: at most kernel_size, which is "
-                f"{_one_or_all(kernel_size)}, is taken"
+                f"stride is {one_or_all(stride)}: at most kernel_size, which is "
+                f"{one_or_all(kernel_size)}, is taken"
             )
     for flag in is_causal:
         if not isinstance(flag, (bool, np.bool_)):
             raise ValueError(
-                f"is_causal is {_one_or_all(is_causal)}: True or False, or one an axis, is taken"
+                f"is_causal is {one_or_all(is_causal)}: True or False, or one an axis, is taken"
             )
     return Neighborhood(
         tuple(int(size) for size in kernel_size),
@@ -109,20 +79,6 @@ def _make_neighborhood(
         tuple(int(step) for step in stride),
         tuple(bool(flag) for flag in is_causal),
     )
-
-
-def _check_whole_numbers(name: str, values: tuple[Any, ...], lowest: int) -> None:
-    for value in values:
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < lowest:
-            raise ValueError(
-                f"{name} is {_one_or_all(values)}: a whole number of at least {lowest}, or one an "
-                "axis, is taken"
-            )
-
-
-def _one_or_all(values: tuple[Any, ...]) -> str:
-    """What a message says of one value an axis: one alone where all are equal."""
-    return repr(values[0] if len(set(map(repr, values))) == 1 else values)
 
 
 def _check_shapes(
@@ -135,15 +91,12 @@ def _check_shapes(
     neighborhood: Neighborhood,
 ) -> None:
     """Raise a ValueError unless the shapes belong together and the windows fit into the grid."""
+    checks.check_heads(query)
     num_heads, head_dim = query.shape[-2:]
-    if num_heads == 0 or head_dim == 0:
-        raise ValueError(
-            f"query has shape {_shape(query)}: at least 1 head of at least 1 channel is taken"
-        )
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != query.shape:
             raise ValueError(
-                f"{name} has shape {_shape(tensor)}: the shape of query, {_shape(query)}, is taken"
+                f"{name} has shape {shape(tensor)}: the shape of query, {shape(query)}, is taken"
             )
     for axis, (length, span) in enumerate(zip(query.shape[1:-2], neighborhood.spans, strict=True)):
         if length < span:
@@ -166,7 +119,7 @@ def _check_shapes(
         )
         if not is_like_query or tensor.shape[1] != extra_key.shape[1] or tensor.shape[1] == 0:
             raise ValueError(
-                f"{name} has shape {_shape(tensor)}: (B, M, heads, head_dim) is taken, here "
+                f"{name} has shape {shape(tensor)}: (B, M, heads, head_dim) is taken, here "
                 f"({query.shape[0]}, M, {num_heads}, {head_dim}) with the same M of at least 1 "
                 "for extra_key and extra_value"
             )
@@ -175,51 +128,17 @@ def _check_shapes(
 def _check_bias(bias: Tensor, num_heads: int, neighborhood: Neighborhood) -> None:
     kernel_size, stride = neighborhood.kernel_size, neighborhood.stride
     if any(size % 2 == 0 for size in kernel_size):
-        limit = f"odd kernels, kernel_size is {_one_or_all(kernel_size)}"
+        limit = f"odd kernels, kernel_size is {one_or_all(kernel_size)}"
     elif any(step > 1 for step in stride):
-        limit = f"stride 1, stride is {_one_or_all(stride)}"
+        limit = f"stride 1, stride is {one_or_all(stride)}"
     elif any(neighborhood.is_causal):
-        limit = f"is_causal=False, is_causal is {_one_or_all(neighborhood.is_causal)}"
+        limit = f"is_causal=False, is_causal is {one_or_all(neighborhood.is_causal)}"
     else:
-        shape = (num_heads, *(2 * size - 1 for size in kernel_size))
-        if tuple(bias.shape) != shape:
+        expected = (num_heads, *(2 * size - 1 for size in kernel_size))
+        if tuple(bias.shape) != expected:
             raise ValueError(
-                f"bias has shape {_shape(bias)}: (heads, 2 kernel_size - 1, ...) is taken, here "
-                f"{shape}"
+                f"bias has shape {shape(bias)}: (heads, 2 kernel_size - 1, ...) is taken, here "
+                f"{expected}"
             )
         return
-    raise ValueError(f"bias has shape {_shape(bias)}: a bias is taken with {limit}; leave it out")
-
-
-def cast_under_autocast(tensors: Tensors) -> Tensors:
-    """Cast to autocast's dtype where it is on; float64 stays, as in PyTorch's own operators."""
-    device_type = tensors[0].device.type
-    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        tensor.to(dtype)
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    )
-
-
-def _check_alike(tensors: Tensors) -> None:
-    """Raise a ValueError unless all tensors have one device and one floating-point dtype."""
-    query = tensors[0]
-    if not query.is_floating_point() or query.itemsize < 2:
-        raise ValueError(
-            f"query has dtype {query.dtype}: a floating-point dtype of at least 16 bits is taken"
-        )
-    for name, tensor in zip(TENSOR_NAMES[1:], tensors[1:], strict=True):
-        if tensor is None:
-            continue
-        if tensor.dtype != query.dtype:
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}: the dtype of query, {query.dtype}, is taken"
-            )
-        if tensor.device != query.device:
-            raise ValueError(
-                f"{name} is on the device {tensor.device}: that of query, {query.device}, is taken"
-            )
+    raise ValueError(f"bias has shape {shape(bias)}: a bias is taken with {limit}; leave it out")

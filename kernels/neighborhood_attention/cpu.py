@@ -28,8 +28,6 @@ from . import cpu_plan
 from .cpu_tiles import Bands, Chunk, Tiles
 from .windows import Neighborhood
 
-NAME = "cpu"
-
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Elements of the masks of a table that are kept.
 _MOST_KEPT = 1 << 18

@@ -7,18 +7,14 @@ is launched: importing this module does not import Triton. A 1-D grid is a map o
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import runtime
+from .. import runtime, triton_launch
+from ..triton_launch import VENDOR
 from .windows import Neighborhood
-
-NAME = "triton"
-MAX_HEAD_DIM = 128
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-VENDOR = "cuda" if torch.version.hip is None else "hip"
 
 # Sums over all positions are shared among programs, enough to fill a GPU, not more: every share
 # takes memory.
@@ -132,7 +128,7 @@ def tilings(
     elif runtime.is_interpreted():
         found = [_INTERPRETED]
     else:
-        width = "narrow" if head_dim <= 32 else "wide" if head_dim <= 64 else "widest"
+        width = triton_launch.width_of_heads(head_dim)
         heads = "uneven" if head_dim % 16 and width != "widest" else width
         rows = _TILINGS[vendor, dtype.itemsize, heads][kernel[1:].removesuffix("_kernel")]
         found = [Tiling(*row) for row in rows]
@@ -155,11 +151,7 @@ def why_not(
     """Tell why the kernels cannot run this call, or None if they can."""
     if neighborhood.num_axes > 2:
         return f"the grid has {neighborhood.num_axes} axes, the kernels take 1 or 2"
-    if query.dtype not in DTYPES:
-        return f"the dtype is {query.dtype}, the kernels take float16, bfloat16 and float32"
-    if query.shape[-1] > MAX_HEAD_DIM:
-        return f"head_dim is {query.shape[-1]}, the kernels take {MAX_HEAD_DIM} at most"
-    return runtime.why_no_triton(query.device)
+    return triton_launch.why_not(query, head_dim=query.shape[-1])
 
 
 def forward(
@@ -192,7 +184,7 @@ def forward(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     call = _Call(query, neighborhood, scale)
     call.add_tokens(query=query, key=key, value=value)
-    call.add_tables(bias, extra_key, extra_value)
+    call.add_extra(bias, extra_key, extra_value)
     call.launch_tiled("_forward_kernel", out_ptr=out, lse_ptr=lse)
     return out, lse
 
@@ -237,7 +229,7 @@ def backward(
     """
     call = _Call(query, neighborhood, scale)
     call.add_tokens(grad_out=grad_out, query=query, key=key, value=value)
-    call.add_tables(bias, extra_key, extra_value)
+    call.add_extra(bias, extra_key, extra_value)
     shared = torch.empty_like(lse, memory_format=torch.contiguous_format)
     call.arguments |= {"lse_ptr": lse.contiguous(), "shared_ptr": shared}
     grad_query, grad_key, grad_value = (query.new_empty(query.shape) for _ in range(3))
@@ -256,13 +248,12 @@ def backward(
     return grad_query, grad_key, grad_value, grad_bias, grad_extra_key, grad_extra_value
 
 
-class _Call:
-    """The arguments of a call's kernels, by their names, and the launches."""
+class _Call(triton_launch.Call):
+    """The launches of a call's kernels."""
 
     def __init__(self, query: Tensor, neighborhood: Neighborhood, scale: float) -> None:
         is_line = neighborhood.num_axes == 1
-        self.batch_size, *grid, self.num_heads, self.head_dim = query.shape
-        self.device, self.dtype = query.device, query.dtype
+        grid = query.shape[1:-2]
         self.height, self.width = (1, *grid) if is_line else grid
         self.dilation = (1, *neighborhood.dilation)[-2:]
         self.kernel_size = (1, *neighborhood.kernel_size)[-2:]
@@ -272,82 +263,50 @@ class _Call:
             -(-self.height // self.dilation[0]),
             -(-self.width // self.dilation[1]),
         )
-        if is_line:
-            self.shape = "line"
-        else:
-            self.shape = "small_map" if max(self.largest_group) <= 8 else "map"
-        self.arguments: dict[str, Any] = {
+        map_shape = "small_map" if max(self.largest_group) <= 8 else "map"
+        shape = "line" if is_line else map_shape
+        head_dim = query.shape[-1]
+        arguments = {
             "scale": scale,
-            "batch_size": self.batch_size,
-            "num_heads": self.num_heads,
             "height": self.height,
             "width": self.width,
             "dilation_h": self.dilation[0],
             "dilation_w": self.dilation[1],
-            "HEAD_DIM": self.head_dim,
+            "HEAD_DIM": head_dim,
             "KERNEL_H": self.kernel_size[0],
             "KERNEL_W": self.kernel_size[1],
             "STRIDE_H": stride[0],
             "STRIDE_W": stride[1],
             "CAUSAL_H": is_causal[0],
             "CAUSAL_W": is_causal[1],
-            "PRECISION": "tf32" if self.dtype == torch.float32 and allows_tf32() else "ieee",
-            "BLOCK_D": block_of_channels(self.head_dim),
+            "BLOCK_D": triton_launch.block_of_channels(head_dim),
         }
+        super().__init__("neighborhood_attention", shape, query, head_dim, arguments)
 
-    def add_tokens(self, **tensors: Tensor) -> None:
-        """Add tensors (B, *grid, heads, head_dim) and their strides."""
-        for name, tensor in tensors.items():
-            strides = tensor.stride()
-            if tensor.ndim == 4:
-                strides = (strides[0], 0, *strides[1:])
-            self.arguments[f"{name}_ptr"] = tensor
-            for axis, stride in zip("bhwnd", strides, strict=True):
-                self.arguments[f"{name}_stride_{axis}"] = stride
-
-    def add_tables(
+    def add_extra(
         self, bias: Tensor | None, extra_key: Tensor | None, extra_value: Tensor | None
     ) -> None:
-        """Add what is small enough to be copied where it is not contiguous."""
-        tables = {"bias_ptr": bias, "extra_key_ptr": extra_key, "extra_value_ptr": extra_value}
-        for name, table in tables.items():
-            self.arguments[name] = None if table is None else table.contiguous()
+        """Add the table of biases and the extra keys."""
+        self.add_tables(bias=bias, extra_key=extra_key, extra_value=extra_value)
         self.arguments["num_extra"] = 0 if extra_key is None else extra_key.shape[1]
 
-    def num_tiles(self, tile_h: int, tile_w: int) -> int:
+    def num_tiles(self, options: dict[str, int]) -> int:
         """Count the tiles of an image, those of smaller groups that hold nothing included."""
         rows, columns = self.largest_group
         num_groups = self.dilation[0] * self.dilation[1]
-        return num_groups * -(-rows // tile_h) * -(-columns // tile_w)
-
-    def launch_tiled(self, name: str, **arguments: Any) -> None:
-        """Launch a kernel whose programs own a tile of an image and head each."""
-
-        def grid(options: dict[str, Any]) -> tuple[int]:
-            tiles = self.num_tiles(options["TILE_H"], options["TILE_W"])
-            return (tiles * self.batch_size * self.num_heads,)
-
-        self.launch(name, grid, **arguments)
-
-    def launch(self, name: str, grid: Any, **arguments: Any) -> None:
-        """Launch a kernel on the tensors' device."""
-        kernel, options = tuned_kernel(name, self.shape, self.dtype, self.head_dim)
-        known = self.arguments | arguments
-        taken = {name: value for name, value in known.items() if name in kernel.arg_names}
-        with torch.cuda.device_of(self.arguments["query_ptr"]):
-            kernel[grid](**taken, **options)
+        return num_groups * -(-rows // options["TILE_H"]) * -(-columns // options["TILE_W"])
 
 
 def _bias_gradient(call: _Call, bias: Tensor) -> Tensor:
     """Sum the gradients of logits by their offsets, (heads, 2 K_1 - 1, ...)."""
-    tiling = tilings("_backward_bias_kernel", call.shape, call.dtype, call.head_dim, VENDOR)[0]
+    tiling = tilings("_backward_bias_kernel", call.shape, call.dtype, call.channels, VENDOR)[0]
     num_queries = tiling.tile_h * tiling.tile_w
     span_h, span_w = (
         tile + 2 * kernel_size - 2
         for tile, kernel_size in zip(tiling[:2], call.kernel_size, strict=True)
     )
     num_blocks = -(-span_h * span_w // tiling.block)
-    num_tiles = call.num_tiles(*tiling[:2]) * call.batch_size
+    num_tiles = call.num_tiles(triton_launch.tile_options(tiling)) * call.batch_size
     num_shares = min(num_tiles, max(1, _BIAS_PROGRAMS // (num_blocks * call.num_heads)))
     shape = (num_shares, call.num_heads, num_blocks, num_queries, tiling.block)
     partial = torch.empty(shape, dtype=torch.float32, device=call.device)
@@ -383,7 +342,7 @@ def _extra_gradients(call: _Call, extra_key: Tensor, extra_value: Tensor) -> tup
     """Sum the gradients of extra keys and values over all queries, (B, M, heads, head_dim)."""
     num_positions = call.height * call.width
     num_shares = min(-(-num_positions // _EXTRA_QUERIES), _MAX_EXTRA_SHARES)
-    tiling = tilings("_backward_extra_kernel", call.shape, call.dtype, call.head_dim, VENDOR)[0]
+    tiling = tilings("_backward_extra_kernel", call.shape, call.dtype, call.channels, VENDOR)[0]
     num_blocks = -(-extra_key.shape[1] // tiling.tile_w)
     shape = (num_shares, *extra_key.shape)
     grad_key, grad_value = (
@@ -401,60 +360,3 @@ def _extra_gradients(call: _Call, extra_key: Tensor, extra_value: Tensor) -> tup
         (grad_key.sum(0) * scale).to(extra_key.dtype),
         grad_value.sum(0).to(extra_value.dtype),
     )
-
-
-def allows_tf32() -> bool:
-    """Whether PyTorch's own float32 products may be TensorFloat-32: the kernels follow it."""
-    if VENDOR == "hip":
-        return False
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # reading the older switch raises after this one is set
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
-
-
-@functools.cache
-def tuned_kernel(
-    name: str, shape: str, dtype: torch.dtype, head_dim: int
-) -> tuple[Any, dict[str, int]]:
-    """Get a kernel that chooses its tiling, or one with the options of its only tiling."""
-    kernel = kernel_function(name)
-    found = tilings(name, shape, dtype, head_dim, VENDOR)
-    tiles = [
-        {key: value for key, value in tile_options(tiling).items() if key in kernel.arg_names}
-        for tiling in found
-    ]
-    launches = [launch_options(tiling, VENDOR) for tiling in found]
-    if len(found) == 1:
-        return kernel, tiles[0] | launches[0]
-    import triton
-
-    configs = [triton.Config(tile, **launch) for tile, launch in zip(tiles, launches, strict=True)]
-    key = [name for name in kernel.arg_names if name.startswith(("KERNEL_", "STRIDE_"))]
-    return triton.autotune(configs, key)(kernel), {}
-
-
-def kernel_function(name: str) -> Any:
-    """Get a kernel by its name; this imports Triton."""
-    from . import triton_backward, triton_forward
-
-    return getattr(triton_forward if name == "_forward_kernel" else triton_backward, name)
-
-
-def tile_options(tiling: Tiling) -> dict[str, int]:
-    """Give a tiling as kernels' arguments."""
-    return {"TILE_H": tiling.tile_h, "TILE_W": tiling.tile_w, "BLOCK": tiling.block}
-
-
-def launch_options(tiling: Tiling, vendor: str) -> dict[str, int]:
-    """Give a tiling as the compiler's options."""
-    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-    if vendor == "cuda" and not runtime.is_interpreted():
-        # Left alone, ptxas spills a register or two to make room for another program.
-        options["maxnreg"] = 255
-    return options
-
-
-def block_of_channels(head_dim: int) -> int:
-    """Channels that a kernel computes on: a power of two, as matrix instructions take."""
-    return max(16, 1 << (head_dim - 1).bit_length())

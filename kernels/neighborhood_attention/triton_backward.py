@@ -16,20 +16,24 @@ There are no atomics; the shares' sums are added by the caller.
 import triton
 import triton.language as tl
 
+from ..triton_tokens import (
+    accumulate_grad_key,
+    accumulate_grad_query,
+    load_tokens,
+    store_tokens,
+    token_offset,
+)
 from .triton_forward import (
     _find_own_tile,
     _find_tile,
     _group_size,
-    _load_tokens,
     _mask_logits,
     _members_of_block,
     _members_of_tile,
     _num_tiles,
-    _offset,
     _queries_of_tile,
     _score_block,
     _score_extra_block,
-    _store_tokens,
     _windows_of_tile,
 )
 
@@ -102,12 +106,12 @@ def _backward_query_kernel(
     query_h, query_w, is_query = _members_of_tile(first_h, first_w, size_h, size_w, TILE_H, TILE_W)
     row = group_h + dilation_h * query_h
     column = group_w + dilation_w * query_w
-    q_offset = _offset(row, column, query_stride_h, query_stride_w)
-    q = _load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
-    do_offset = _offset(row, column, grad_out_stride_h, grad_out_stride_w)
-    do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
-    token = _offset(batch * height + row, column, width * num_heads, num_heads) + head
-    out = _load_tokens(out_ptr, token * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)
+    q_offset = token_offset(row, column, query_stride_h, query_stride_w)
+    q = load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
+    do_offset = token_offset(row, column, grad_out_stride_h, grad_out_stride_w)
+    do = load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
+    token = token_offset(batch * height + row, column, width * num_heads, num_heads) + head
+    out = load_tokens(out_ptr, token * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)
     lse = tl.load(lse_ptr + token)
     shared = -tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     if grad_lse_ptr is not None:
@@ -155,9 +159,7 @@ def _backward_query_kernel(
             BLOCK_D,
             BLOCK,
         )
-        grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        grad_logits = tl.exp(logits - lse[:, None]) * (grad_weights + shared[:, None])
-        grad_query += tl.dot(grad_logits.to(k.dtype), k, input_precision=PRECISION)
+        grad_query = accumulate_grad_query(grad_query, logits, lse, shared, do, k, v, PRECISION)
     if extra_key_ptr is not None:
         extra_base = (batch * num_extra * num_heads + head) * HEAD_DIM
         for first_key in range(0, num_extra, BLOCK):
@@ -174,11 +176,9 @@ def _backward_query_kernel(
                 BLOCK_D,
                 BLOCK,
             )
-            grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            grad_logits = tl.exp(logits - lse[:, None]) * (grad_weights + shared[:, None])
-            grad_query += tl.dot(grad_logits.to(k.dtype), k, input_precision=PRECISION)
+            grad_query = accumulate_grad_query(grad_query, logits, lse, shared, do, k, v, PRECISION)
 
-    _store_tokens(grad_query_ptr, token * HEAD_DIM, grad_query * scale, is_query, HEAD_DIM, BLOCK_D)
+    store_tokens(grad_query_ptr, token * HEAD_DIM, grad_query * scale, is_query, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -245,10 +245,10 @@ def _backward_key_kernel(
     key_h, key_w, is_key = _members_of_tile(first_h, first_w, size_h, size_w, TILE_H, TILE_W)
     row = group_h + dilation_h * key_h
     column = group_w + dilation_w * key_w
-    k_offset = _offset(row, column, key_stride_h, key_stride_w)
-    k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
-    v_offset = _offset(row, column, value_stride_h, value_stride_w)
-    v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
+    k_offset = token_offset(row, column, key_stride_h, key_stride_w)
+    k = load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
+    v_offset = token_offset(row, column, value_stride_h, value_stride_w)
+    v = load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
 
     grad_key = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
     grad_value = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
@@ -260,11 +260,11 @@ def _backward_key_kernel(
         )
         row_q = group_h + dilation_h * query_h
         column_q = group_w + dilation_w * query_w
-        q_offset = _offset(row_q, column_q, query_stride_h, query_stride_w)
-        q = _load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
-        do_offset = _offset(row_q, column_q, grad_out_stride_h, grad_out_stride_w)
-        do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
-        token = _offset(batch * height + row_q, column_q, width * num_heads, num_heads) + head
+        q_offset = token_offset(row_q, column_q, query_stride_h, query_stride_w)
+        q = load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
+        do_offset = token_offset(row_q, column_q, grad_out_stride_h, grad_out_stride_w)
+        do = load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
+        token = token_offset(batch * height + row_q, column_q, width * num_heads, num_heads) + head
         # The weights of queries that do not exist are 0.
         lse = tl.where(is_query, tl.load(lse_ptr + token), float("inf"))
         shared = tl.load(shared_ptr + token)
@@ -285,16 +285,14 @@ def _backward_key_kernel(
             CAUSAL_H,
             CAUSAL_W,
         )
-        weights = tl.exp(logits - lse[None, :])
-        grad_value += tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
-        grad_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        grad_logits = weights * (grad_weights + shared[None, :])
-        grad_key += tl.dot(grad_logits.to(q.dtype), q, input_precision=PRECISION)
+        grad_key, grad_value = accumulate_grad_key(
+            grad_key, grad_value, logits, lse, shared, q, do, v, PRECISION
+        )
 
-    token = _offset(batch * height + row, column, width * num_heads, num_heads) + head
+    token = token_offset(batch * height + row, column, width * num_heads, num_heads) + head
     offset = token * HEAD_DIM
-    _store_tokens(grad_key_ptr, offset, grad_key * scale, is_key, HEAD_DIM, BLOCK_D)
-    _store_tokens(grad_value_ptr, offset, grad_value, is_key, HEAD_DIM, BLOCK_D)
+    store_tokens(grad_key_ptr, offset, grad_key * scale, is_key, HEAD_DIM, BLOCK_D)
+    store_tokens(grad_value_ptr, offset, grad_value, is_key, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -378,13 +376,15 @@ def _backward_bias_kernel(
         )
         row_q = group_h + dilation_h * query_h
         column_q = group_w + dilation_w * query_w
-        q_offset = batch * query_stride_b + _offset(row_q, column_q, query_stride_h, query_stride_w)
-        q = _load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
-        do_offset = batch * grad_out_stride_b + _offset(
+        q_offset = batch * query_stride_b + token_offset(
+            row_q, column_q, query_stride_h, query_stride_w
+        )
+        q = load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
+        do_offset = batch * grad_out_stride_b + token_offset(
             row_q, column_q, grad_out_stride_h, grad_out_stride_w
         )
-        do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
-        token = _offset(batch * height + row_q, column_q, width * num_heads, num_heads) + head
+        do = load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
+        token = token_offset(batch * height + row_q, column_q, width * num_heads, num_heads) + head
         lse = tl.where(is_query, tl.load(lse_ptr + token), float("inf"))
         shared = tl.load(shared_ptr + token)
 
@@ -393,10 +393,12 @@ def _backward_bias_kernel(
         key_w = first_w + relative_w
         row_k = group_h + dilation_h * tl.minimum(tl.maximum(key_h, 0), size_h - 1)
         column_k = group_w + dilation_w * tl.minimum(tl.maximum(key_w, 0), size_w - 1)
-        k_offset = batch * key_stride_b + _offset(row_k, column_k, key_stride_h, key_stride_w)
-        k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
-        v_offset = batch * value_stride_b + _offset(row_k, column_k, value_stride_h, value_stride_w)
-        v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
+        k_offset = batch * key_stride_b + token_offset(row_k, column_k, key_stride_h, key_stride_w)
+        k = load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
+        v_offset = batch * value_stride_b + token_offset(
+            row_k, column_k, value_stride_h, value_stride_w
+        )
+        v = load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
         logits = _mask_logits(
             tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale,
             bias_ptr,
@@ -473,8 +475,8 @@ def _backward_extra_kernel(
     number = block * TILE_W + tl.arange(0, TILE_W)
     is_key = number < num_extra
     offset = ((batch * num_extra + tl.minimum(number, num_extra - 1)) * num_heads + head) * HEAD_DIM
-    k = _load_tokens(extra_key_ptr, offset, 1, HEAD_DIM, BLOCK_D)
-    v = _load_tokens(extra_value_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+    k = load_tokens(extra_key_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+    v = load_tokens(extra_value_ptr, offset, 1, HEAD_DIM, BLOCK_D)
     grad_key = tl.zeros([TILE_W, BLOCK_D], tl.float32)
     grad_value = tl.zeros([TILE_W, BLOCK_D], tl.float32)
     for first_query in range(share * BLOCK, height * width, num_shares * BLOCK):
@@ -482,21 +484,19 @@ def _backward_extra_kernel(
         is_query = position < height * width
         position = tl.minimum(position, height * width - 1)
         row, column = position // width, position % width
-        q_offset = _offset(row, column, query_stride_h, query_stride_w)
-        q = _load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
-        do_offset = _offset(row, column, grad_out_stride_h, grad_out_stride_w)
-        do = _load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
+        q_offset = token_offset(row, column, query_stride_h, query_stride_w)
+        q = load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
+        do_offset = token_offset(row, column, grad_out_stride_h, grad_out_stride_w)
+        do = load_tokens(grad_out_ptr, do_offset, grad_out_stride_d, HEAD_DIM, BLOCK_D)
         token = (batch * (height * width) + position) * num_heads + head
         lse = tl.where(is_query, tl.load(lse_ptr + token), float("inf"))
         shared = tl.load(shared_ptr + token)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-        weights = tl.exp(logits - lse[None, :])
-        grad_value += tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
-        grad_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        grad_logits = weights * (grad_weights + shared[None, :])
-        grad_key += tl.dot(grad_logits.to(q.dtype), q, input_precision=PRECISION)
+        grad_key, grad_value = accumulate_grad_key(
+            grad_key, grad_value, logits, lse, shared, q, do, v, PRECISION
+        )
 
     image = share.to(tl.int64) * batch_size + batch
     offset = ((image * num_extra + number) * num_heads + head) * HEAD_DIM
-    _store_tokens(partial_key_ptr, offset, grad_key, is_key, HEAD_DIM, BLOCK_D)
-    _store_tokens(partial_value_ptr, offset, grad_value, is_key, HEAD_DIM, BLOCK_D)
+    store_tokens(partial_key_ptr, offset, grad_key, is_key, HEAD_DIM, BLOCK_D)
+    store_tokens(partial_value_ptr, offset, grad_value, is_key, HEAD_DIM, BLOCK_D)

@@ -6,16 +6,13 @@ row by row, and a kernel walks through such numbers in blocks, so that no shape 
 map wastes more than the end of the last block. The forward kernel's program owns a tile of queries
 and walks through the union of their windows: the windows are exact masks inside it.
 
-Every sum is made by one program in a fixed order: results are
-deterministic. Positions are multiplied with strides in int64: tensors may have more than 2**31
-elements.
+Every sum is made by one program in a fixed order: results are deterministic.
 """
 
 import triton
 import triton.language as tl
 
-# Below every logit and finite: the difference of two of them is 0, not NaN.
-LOWEST = tl.constexpr(-1.0e30)
+from ..triton_tokens import LOWEST, accumulate, load_tokens, store_tokens, token_offset
 
 
 @triton.jit
@@ -143,38 +140,6 @@ def _members_of_block(first, begin_h, begin_w, span_h, span_w, BLOCK: tl.constex
 
 
 @triton.jit
-def _offset(row, column, stride_h, stride_w):
-    """Elements from the first token of an image to others of its map."""
-    return row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
-
-
-@triton.jit
-def _load_tokens(pointer, offset, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load (tokens, channels), 0 in channels that pad the head; all tokens must exist.
-
-    That is why callers repeat a token in place of one that does not: masks of so many loads cost
-    registers, and spill on AMD's GPUs.
-    """
-    channel = tl.arange(0, BLOCK_D)
-    place = pointer + offset[:, None] + channel.to(tl.int64)[None, :] * stride_d
-    if HEAD_DIM < BLOCK_D:
-        return tl.load(place, mask=(channel < HEAD_DIM)[None, :], other=0.0)
-    else:
-        return tl.load(place)
-
-
-@triton.jit
-def _store_tokens(pointer, offset, tokens, is_token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store (tokens, channels) into a tensor that is contiguous in the channels."""
-    channel = tl.arange(0, BLOCK_D)
-    tl.store(
-        pointer + offset[:, None] + channel[None, :],
-        tokens.to(pointer.dtype.element_ty),
-        mask=is_token[:, None] & (channel < HEAD_DIM)[None, :],
-    )
-
-
-@triton.jit
 def _mask_logits(
     logits,
     bias_ptr,
@@ -256,10 +221,10 @@ def _score_block(
     key_h, key_w, is_key = _members_of_block(first_key, begin_h, begin_w, span_h, span_w, BLOCK)
     row = group_h + dilation_h * key_h
     column = group_w + dilation_w * key_w
-    k_offset = _offset(row, column, key_stride_h, key_stride_w)
-    k = _load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
-    v_offset = _offset(row, column, value_stride_h, value_stride_w)
-    v = _load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
+    k_offset = token_offset(row, column, key_stride_h, key_stride_w)
+    k = load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
+    v_offset = token_offset(row, column, value_stride_h, value_stride_w)
+    v = load_tokens(value_ptr, v_offset, value_stride_d, HEAD_DIM, BLOCK_D)
     logits = _mask_logits(
         tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale,
         bias_ptr,
@@ -298,22 +263,10 @@ def _score_extra_block(
     number = first_key + tl.arange(0, BLOCK)
     is_key = number < num_extra
     offset = tl.minimum(number, num_extra - 1) * stride
-    k = _load_tokens(key_ptr, offset, 1, HEAD_DIM, BLOCK_D)
-    v = _load_tokens(value_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+    k = load_tokens(key_ptr, offset, 1, HEAD_DIM, BLOCK_D)
+    v = load_tokens(value_ptr, offset, 1, HEAD_DIM, BLOCK_D)
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     return k, v, tl.where(is_key[None, :], logits, float("-inf"))
-
-
-@triton.jit
-def _accumulate(highest, total, out, logits, v, PRECISION: tl.constexpr):
-    """Take a block of keys into the online softmax: row maxima, denominators, weighted values."""
-    new_highest = tl.maximum(highest, tl.max(logits, 1))
-    weights = tl.exp(logits - new_highest[:, None])
-    decay = tl.exp(highest - new_highest)
-    total = total * decay + tl.sum(weights, 1)
-    out = out * decay[:, None]
-    out += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-    return new_highest, total, out
 
 
 @triton.jit
@@ -374,8 +327,8 @@ def _forward_kernel(
     query_h, query_w, is_query = _members_of_tile(first_h, first_w, size_h, size_w, TILE_H, TILE_W)
     row = group_h + dilation_h * query_h
     column = group_w + dilation_w * query_w
-    q_offset = _offset(row, column, query_stride_h, query_stride_w)
-    q = _load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
+    q_offset = token_offset(row, column, query_stride_h, query_stride_w)
+    q = load_tokens(query_ptr, q_offset, query_stride_d, HEAD_DIM, BLOCK_D)
 
     highest = tl.full([TILE_H * TILE_W], LOWEST, tl.float32)
     total = tl.zeros([TILE_H * TILE_W], tl.float32)
@@ -420,7 +373,7 @@ def _forward_kernel(
             BLOCK_D,
             BLOCK,
         )
-        highest, total, out = _accumulate(highest, total, out, logits, v, PRECISION)
+        highest, total, out = accumulate(highest, total, out, logits, v, PRECISION)
     if extra_key_ptr is not None:
         extra_base = (batch * num_extra * num_heads + head) * HEAD_DIM
         for first_key in range(0, num_extra, BLOCK):
@@ -437,8 +390,8 @@ def _forward_kernel(
                 BLOCK_D,
                 BLOCK,
             )
-            highest, total, out = _accumulate(highest, total, out, logits, v, PRECISION)
+            highest, total, out = accumulate(highest, total, out, logits, v, PRECISION)
 
-    token = _offset(batch * height + row, column, width * num_heads, num_heads) + head
-    _store_tokens(out_ptr, token * HEAD_DIM, out / total[:, None], is_query, HEAD_DIM, BLOCK_D)
+    token = token_offset(batch * height + row, column, width * num_heads, num_heads) + head
+    store_tokens(out_ptr, token * HEAD_DIM, out / total[:, None], is_query, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + token, highest + tl.log(total), mask=is_query)

@@ -1,4 +1,4 @@
-"""What tests of neighborhood attention share: cases, their inputs, a slow oracle, error budgets.
+"""What tests of neighborhood attention share: cases, their inputs, a slow oracle.
 
 The oracle is loops over queries and keys in NumPy, written from the definition: it shares no code
 with the package.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from operator_cases import rounded_normal
 
 from densezoo.kernels import neighborhood_attention
 
@@ -149,12 +150,7 @@ def make_inputs(case, dtype=torch.float64, seed=0, device="cpu"):
     Query, key and value are views of one (B, *grid, 3, heads, head_dim) tensor, as in models. The
     numbers are those of float16 and bfloat16 alike, so that every dtype computes on the same.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return numbers.to(torch.bfloat16).to(torch.float16).to(device=device, dtype=dtype)
-
+    normal = rounded_normal(torch.Generator().manual_seed(seed), dtype, device)
     token = (case.heads, case.head_dim)
     query, key, value = normal(case.batch, *case.grid, 3, *token).unbind(-3)
     inputs = dict.fromkeys(TENSORS)
@@ -194,32 +190,6 @@ def run_case(case, inputs, backend=None, with_lse=True):
     results = dict(out=out.detach(), lse=lse.detach())
     results.update((f"grad_{name}", grad) for name, grad in zip(given, grads, strict=True))
     return results
-
-
-def assert_within_budget(actual, eager, exact, slack=0.0):
-    """Hold results to at most twice the error of the plain PyTorch path in the same dtype.
-
-    Maximum and mean of the error count, each plus one rounding of the result's own size.
-
-    Args:
-        actual: results of :func:`run_case`.
-        eager: those of the reference in the same dtype, on the same numbers.
-        exact: those of the reference in float64, on the same numbers.
-        slack: what more is allowed, as a share of the result's own size.
-    """
-    assert actual.keys() == eager.keys() == exact.keys()
-    for name, truth in exact.items():
-        assert actual[name].dtype == eager[name].dtype, name
-        assert actual[name].shape == truth.shape, name
-        assert torch.isfinite(actual[name]).all(), name
-        error = (actual[name].double() - truth).abs()
-        allowed = (eager[name].double() - truth).abs()
-        epsilon = torch.finfo(actual[name].dtype).eps
-        for measure in (torch.Tensor.max, torch.Tensor.mean):
-            limit = 2 * measure(allowed) + (epsilon + slack) * measure(truth.abs())
-            assert measure(error) <= limit, (
-                f"{name}: {measure.__name__} error {measure(error):.3g}, at most {limit:.3g}"
-            )
 
 
 def oracle_windows(length, kernel_size, dilation=1, stride=1, is_causal=False):

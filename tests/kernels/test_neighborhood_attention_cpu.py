@@ -8,12 +8,12 @@ import torch
 from neighborhood_cases import (
     ODD_CASES,
     Case,
-    assert_within_budget,
     make_inputs,
     random_cases,
     run_case,
     run_oracle,
 )
+from operator_cases import assert_within_budget
 from oracles import PeakMemory
 
 from densezoo.kernels import neighborhood_attention

@@ -1,0 +1,155 @@
+"""What tests of the operators' Triton kernels share: cases, and how results are held to the truth.
+
+The cases are small enough for the interpreter, whose tiles are 4 x 8 members of a group (1-D: 16)
+in neighborhood attention, and 16 tokens in routing attention.
+"""
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import neighborhood_cases
+import routing_cases
+import torch
+from operator_cases import assert_within_budget
+
+from densezoo.kernels import triton_launch
+
+
+@dataclass(frozen=True)
+class Suite:
+    """An operator's cases.
+
+    Attributes:
+        cases: the module of its cases, with make_inputs and run_case.
+        path: the module that launches its kernels.
+        small: cases for every run.
+        half: those of them that are run in half precision too.
+        odd: many cases.
+        tuned: cases that take each kind of tiling, of `head_dim` channels.
+        usual: a case as large as a model's.
+    """
+
+    cases: ModuleType
+    path: ModuleType
+    small: list
+    half: list
+    odd: list
+    tuned: list
+    usual: object
+
+
+def _neighborhood_suite():
+    Case = neighborhood_cases.Case
+    small = [
+        Case((5, 9), (3, 5), has_bias=True, heads=1, head_dim=16),
+        Case((7, 7), (7, 7), has_bias=True, heads=1, head_dim=32),
+        Case((9, 8), (5, 3), has_bias=True, heads=2, batch=2, head_dim=16),
+        Case((13, 14), (13, 13), has_bias=True, heads=1, head_dim=16),
+        Case((8, 11), (7, 7), has_bias=True, heads=1, head_dim=49),
+        Case((9, 11), (3, 3), (2, 3), has_bias=True, heads=1, head_dim=32),
+        Case((8, 8), (4, 4), (2, 2), heads=1, head_dim=16),
+        Case((5, 10), (4, 6), heads=1, head_dim=16),
+        Case((6, 13), (2, 2), heads=1, head_dim=16),
+        Case((9, 11), (5, 3), stride=(2, 3), heads=1, head_dim=16),
+        Case((7, 10), (4, 4), stride=(4, 4), heads=1, head_dim=16),
+        Case((7, 9), (3, 4), is_causal=(True, True), heads=1, head_dim=16),
+        Case((11, 9), (4, 3), (2, 1), (3, 2), (True, False), heads=1, head_dim=16),
+        Case((6, 9), (3, 3), has_bias=True, num_extra=3, heads=2, batch=2, head_dim=16),
+        Case((5, 7), (3, 3), (1, 2), (2, 1), (False, True), num_extra=17, heads=1, head_dim=16),
+        Case((33,), (7,), (2,), has_bias=True, heads=2, batch=2, head_dim=32),
+        Case((40,), (13,), has_bias=True, heads=1, head_dim=16),
+        Case((23,), (5,), stride=(3,), is_causal=(True,), num_extra=1, heads=1, head_dim=49),
+        Case((5,), (3,), stride=(2,), is_causal=(True,), heads=1, head_dim=16),
+        Case((18,), (4,), (3,), scale=0.4, heads=1, head_dim=100),
+    ]
+    return Suite(
+        cases=neighborhood_cases,
+        path=importlib.import_module("densezoo.kernels.neighborhood_attention.triton"),
+        small=small,
+        # Sums in half precision are worth a few cases of each kind.
+        half=[small[index] for index in (0, 4, 5, 12, 13, 17)],
+        odd=neighborhood_cases.ODD_CASES
+        + neighborhood_cases.random_cases(30, seed=5, num_axes=(1, 2)),
+        tuned=[
+            Case((41, 56), (7, 7), has_bias=True, num_extra=3),
+            Case((14, 15), (7, 7), (2, 2), has_bias=True, num_extra=3),
+            Case((300,), (7,), has_bias=True, num_extra=3),
+        ],
+        usual=Case((56, 41), (7, 7), has_bias=True, num_extra=2, batch=2, heads=3, head_dim=32),
+    )
+
+
+def _routing_suite():
+    Case, pads = routing_cases.Case, routing_cases.PADS
+    small = [
+        # By regions: of several tiles, of one token, fewer than those kept, all kept.
+        Case((8, 10), (2, 2), 1, heads=1, head_dim=32),
+        Case((9, 11), (2, 2), 2, pads=pads, heads=1, head_dim=16, batch=2),
+        Case((3, 5), (6, 6), 3, pads=pads, heads=1, head_dim=16),
+        Case((9, 10), (2, 2), 1, region_size=(8, 6), pads=("pad_key",), heads=2, head_dim=16),
+        Case((5, 9), (2, 2), 2, repeats=True, heads=1, head_dim=20, value_dim=33),
+        Case((5, 6), (2, 2), 1, region_size=(2, 3), heads=1, head_dim=16),
+        # Dense: more work by tiles of regions; repeats are weights there.
+        Case((6, 10), (4, 5), 5, heads=2, head_dim=16),
+        Case((7, 9), (4, 4), 7, pads=pads, repeats=True, heads=1, head_dim=16, batch=2),
+        Case((5, 6), (3, 3), 4, pads=("pad_value",), heads=1, head_dim=49, value_dim=18),
+    ]
+    return Suite(
+        cases=routing_cases,
+        path=importlib.import_module("densezoo.kernels.routing_attention.triton"),
+        small=small,
+        half=[small[index] for index in (1, 4, 7)],
+        odd=routing_cases.ODD_CASES + routing_cases.random_cases(30, seed=5),
+        tuned=[
+            Case((100, 115), (8, 8), 3, pads=pads),
+            Case((60, 75), (8, 8), 5, pads=pads),
+            Case((39, 30), (8, 8), 6, pads=pads),
+            Case((30, 23), (8, 8), 4, pads=pads),
+            Case((27, 27), (7, 7), 46, pads=pads),
+        ],
+        usual=Case((50, 76), (16, 16), 16, pads=pads, batch=2, heads=3, head_dim=32),
+    )
+
+
+SUITES = {
+    "neighborhood_attention": _neighborhood_suite(),
+    "routing_attention": _routing_suite(),
+}
+
+
+def assert_exact(name, case, dtype, device, **options):
+    """Hold the output and all gradients of an operator's kernels to the float64 reference.
+
+    Within twice the error of the reference in the dtype.
+    """
+    cases = SUITES[name].cases
+    exact = cases.run_case(case, cases.make_inputs(case, device=device), "reference", **options)
+    inputs = cases.make_inputs(case, dtype, device=device)
+    eager = cases.run_case(case, inputs, "reference", **options)
+    actual = cases.run_case(case, inputs, "triton", **options)
+    # The backward kernels compute the weights from the lse, with its rounding in float32.
+    slack = 0.0
+    if "lse" in exact:
+        slack = float(exact["lse"].abs().max()) * torch.finfo(torch.float32).eps
+    assert_within_budget(actual, eager, exact, slack)
+
+
+def each_tiling(path, monkeypatch):
+    """Let kernels have one candidate of their tuning at a time, until each was alone once."""
+    tilings, index, most = path.tilings, 0, 1
+    try:
+        while index < most:
+            numbers = []
+
+            def one_of(*args, index=index, numbers=numbers):
+                found = tilings(*args)
+                numbers.append(len(found))
+                return (found[index % len(found)],)
+
+            monkeypatch.setattr(path, "tilings", one_of)
+            triton_launch.tuned_kernel.cache_clear()
+            yield
+            index, most = index + 1, max(numbers)
+    finally:
+        triton_launch.tuned_kernel.cache_clear()
