@@ -14,13 +14,15 @@ from timm.layers import DropPath, LayerNorm2d
 from torch import nn
 from torch.nn import functional as F
 
+from ..layers.attention_maps import AttentionMaps, Point, maps_of_all
 from ..layers.conv import fold_norm_into_previous, run_channels_last
 from ..layers.linear import Linear
 from ..layers.mlp import Mlp
 from ..layers.rel_pos import MlpPosEmbed, MlpRelPosBias, RelPosBias
 from ..layers.resolution import crop, num_windows, pad_to_windows
 from ..layers.tracing import Length, is_open
-from ..layers.window_attention import attend, merge, partition
+from ..layers.window_attention import attend, merge, partition, weights_of_tokens
+from ..layers.window_places import WindowPlaces
 from .base import Stage
 
 # Carriers of a window along each axis.
@@ -236,17 +238,39 @@ class Attention(nn.Module):
         Returns:
             (B', T, C).
         """
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        bias = self._bias(size)
+        return self.proj(attend(*self._project(x), self._bias(size, num_carriers, mask)))
+
+    def attention_weights(
+        self,
+        x: torch.Tensor,
+        tokens: torch.Tensor,
+        size: tuple[int, int],
+        num_carriers: int = 0,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Find what one token of each window attends to.
+
+        Args:
+            x, size, num_carriers, mask: as in the forward pass.
+            tokens: (B',), a token of each window, carriers counted.
+
+        Returns:
+            (B', T, heads): the weights of the window's tokens, carriers first.
+        """
+        return weights_of_tokens(*self._project(x), self._bias(size, num_carriers, mask), tokens)
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Give query, key and value: (B', T, heads, head_dim) each."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+
+    def _bias(
+        self, size: tuple[int, int], num_carriers: int, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        is_table = isinstance(self.rel_pos_bias, RelPosBias)
+        bias = self.rel_pos_bias() if is_table else self.rel_pos_bias(size)
         if num_carriers:
             bias = F.pad(bias, (num_carriers, 0, num_carriers, 0))
-        if mask is not None:
-            bias = bias + mask.to(bias.dtype)
-        return self.proj(attend(query, key, value, bias))
-
-    def _bias(self, size: tuple[int, int]) -> torch.Tensor:
-        is_table = isinstance(self.rel_pos_bias, RelPosBias)
-        return self.rel_pos_bias() if is_table else self.rel_pos_bias(size)
+        return bias if mask is None else bias + mask.to(bias.dtype)
 
     @torch.no_grad()
     def fuse(self) -> Attention:
@@ -380,17 +404,81 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """Apply the block; `grid` is None where windows are without carriers."""
         size = (self.side, self.side)
-        embed = self.windows.embed(size)
         if grid is None:
-            return self.windows(x + embed, size)
-        carriers = grid.to_raster(x[:, :_CARRIERS])
-        carriers = self.carriers(carriers + self.carriers.embed(grid.size()), grid.size())
-        x = torch.cat([grid.to_windows(carriers), x[:, _CARRIERS:] + embed], dim=1)
-        mask = None
-        if grid.share is not None:
-            mask = F.pad(grid.share.log().expand(_CARRIERS), (0, self.side**2))
-        x = self.windows(x, size, _CARRIERS, mask)
+            return self.windows(x + self.windows.embed(size), size)
+        x = self._with_carriers(x, self.carriers(self._carriers(x, grid), grid.size()), grid)
+        x = self.windows(x, size, _CARRIERS, self._mask(grid))
         return self._propagate(x, grid.share) if self.propagates else x
+
+    def _carriers(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Take the carriers out of the windows and add their embedding: (B, 4RS, C)."""
+        return grid.to_raster(x[:, :_CARRIERS]) + self.carriers.embed(grid.size())
+
+    def _with_carriers(self, x: torch.Tensor, carriers: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Add the embedding to the tokens of windows, and put the new carriers before them."""
+        tokens = x[:, _CARRIERS:] + self.windows.embed((self.side, self.side))
+        return torch.cat([grid.to_windows(carriers), tokens], dim=1)
+
+    def _mask(self, grid: Grid) -> torch.Tensor | None:
+        """Give the addends of the logits of a window's keys: (T,)."""
+        if grid.share is None:
+            return None
+        return F.pad(grid.share.log().expand(_CARRIERS), (0, self.side**2))
+
+    def attention_maps(
+        self,
+        x: torch.Tensor,
+        grid: Grid | None = None,
+        *,
+        size: tuple[int, int],
+        points: Sequence[Point],
+    ) -> dict[str, AttentionMaps]:
+        """Show what positions of a map attend to; as `NeighborhoodAttention` does.
+
+        Where there are carriers, the carriers nearest to the points have maps of their own, of a
+        cell a carrier.
+
+        Args:
+            x: (R S, T, C), as in the forward pass on one image.
+            grid: as in the forward pass.
+            size: H and W.
+            points: rows and columns of positions.
+        """
+        sides = (self.side, self.side)
+        found = WindowPlaces.find(points, size, sides, device=x.device)
+        attention = self.windows.attn
+        kind = f"window {self.side}x{self.side}"
+        if grid is None:
+            x = self.windows.norm1(x + self.windows.embed(sides))
+            return {
+                kind: found.maps(attention.attention_weights(x[found.windows], found.tokens, sides))
+            }
+        carriers = self._carriers(x, grid)
+        maps = {}
+        if grid.rows * grid.columns > 1:
+            maps["carriers"] = self._carrier_maps(carriers, grid, points)
+        x = self._with_carriers(x, self.carriers(carriers, grid.size()), grid)
+        weights = attention.attention_weights(
+            self.windows.norm1(x)[found.windows], _CARRIERS + found.tokens,
+            sides, _CARRIERS, self._mask(grid),
+        )  # fmt: skip
+        return {**maps, f"{kind} and carriers": found.maps(weights)}
+
+    def _carrier_maps(
+        self, carriers: torch.Tensor, grid: Grid, points: Sequence[Point]
+    ) -> AttentionMaps:
+        """Show what the carriers that are nearest to points attend to, among carriers."""
+        rows, columns = grid.size()
+        tokens = [
+            row * _SIDE // self.side * columns + column * _SIDE // self.side
+            for row, column in points
+        ]
+        weights = self.carriers.attn.attention_weights(
+            self.carriers.norm1(carriers).expand(len(points), -1, -1),
+            torch.tensor(tokens, device=carriers.device),
+            (rows, columns),
+        )
+        return maps_of_all(weights, (rows, columns), (self.side / _SIDE, self.side / _SIDE))
 
     def _propagate(self, x: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
         """Add to each token the carrier that covers it; to carriers, which end here, any."""

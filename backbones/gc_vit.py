@@ -38,18 +38,27 @@ from math import isqrt
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from torch import nn
 from torch.nn import functional as F
 
 from ..layers.arguments import check_flag, check_number, check_whole_number, is_whole_number
+from ..layers.attention_maps import AttentionMaps, Point
 from ..layers.conv import PointwiseConv, SqueezeExcite
 from ..layers.linear import Linear
 from ..layers.mlp import Mlp
 from ..layers.rel_pos import RelPosBias, resize_rel_pos_bias
 from ..layers.resolution import crop, pad_to_windows
 from ..layers.tracing import is_open
-from ..layers.window_attention import WindowAttention, attend, merge, partition
+from ..layers.weight_init import trunc_normal_
+from ..layers.window_attention import (
+    WindowAttention,
+    attend,
+    merge,
+    partition,
+    weights_of_tokens,
+)
+from ..layers.window_places import WindowPlaces
 from .base import ChannelsLastStage, ClassifierHead, HierarchicalBackbone, check_arguments
 from .registry import Published, Weights, register_backbones
 
@@ -72,7 +81,7 @@ class ConvBlock(nn.Module):
         self.se = SqueezeExcite(dim, dim // 4, bias=False, activation="gelu")
         self.conv_pw = PointwiseConv(dim, dim, bias=False)
         for conv in (self.se.fc1, self.se.fc2):  # the authors' are linear layers
-            trunc_normal_(conv.weight, std=0.02)
+            trunc_normal_(conv.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.conv_pw(self.se(F.gelu(self.conv_dw(x))))
@@ -186,7 +195,7 @@ class GlobalAttention(nn.Module):
         Returns:
             (B', N, C).
         """
-        key, value = self.kv(windows).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        key, value = self._project(windows)
         images = query.shape[0]
         times = windows.shape[0] // images if images != 0 else 0
         if is_open(times) or images > 1:
@@ -195,6 +204,27 @@ class GlobalAttention(nn.Module):
         else:
             query = query.expand(times, -1, -1, -1)  # no copy
         return self.proj(attend(query.to(key.dtype), key, value, self.rel_pos_bias(), scale=1.0))
+
+    def attention_weights(
+        self, windows: torch.Tensor, tokens: torch.Tensor, query: torch.Tensor
+    ) -> torch.Tensor:
+        """Find what one query of each window attends to, for windows of one image.
+
+        Args:
+            windows: (B', N, C).
+            tokens: (B',), the query's position in each window.
+            query: (1, N, heads, head_dim), scaled.
+
+        Returns:
+            (B', N, heads): the weights of the window's tokens.
+        """
+        key, value = self._project(windows)
+        query = query.expand(len(windows), -1, -1, -1).to(key.dtype)
+        return weights_of_tokens(query, key, value, self.rel_pos_bias(), tokens, scale=1.0)
+
+    def _project(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give key and value: (B', N, heads, head_dim) each."""
+        return self.kv(windows).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
@@ -252,6 +282,29 @@ class Block(nn.Module):
         """
         x = x + self.drop_path(self._scale(self._attend(self.norm1(x), query), self.gamma1))
         return x + self.drop_path(self._scale(self.mlp(self.norm2(x)), self.gamma2))
+
+    def attention_maps(
+        self,
+        x: torch.Tensor,
+        query: torch.Tensor | None = None,
+        *,
+        size: tuple[int, int],
+        points: Sequence[Point],
+    ) -> dict[str, AttentionMaps]:
+        """Show what positions of a map attend to; as `NeighborhoodAttention` does.
+
+        `x` and `query` are as in the forward pass, of one image.
+        """
+        sides, x = self.window_size, self.norm1(x)
+        if x.ndim == 5:
+            windows = x.flatten(0, 1).flatten(1, 2)
+        else:
+            windows = partition(pad_to_windows(x, sides), sides)
+        found = WindowPlaces.find(points, size, sides, device=x.device)
+        inputs = (query,) if self.is_global else ()
+        weights = self.attn.attention_weights(windows[found.windows], found.tokens, *inputs)
+        kind = f"window {sides[0]}x{sides[1]}" + (", query of all" if self.is_global else "")
+        return {kind: found.maps(weights)}
 
     def _attend(self, x: torch.Tensor, query: torch.Tensor | None) -> torch.Tensor:
         inputs = (query,) if self.is_global else ()

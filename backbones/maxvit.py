@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.arguments import check_number, check_whole_number, is_whole_number
+from ..layers.attention_maps import AttentionMaps, Point
 from ..layers.conv import (
     PointwiseConv,
     SqueezeExcite,
@@ -50,9 +51,10 @@ from ..layers.conv import (
 )
 from ..layers.mlp import Mlp
 from ..layers.rel_pos import resize_rel_pos_bias
-from ..layers.resolution import attend_to_real_tokens
+from ..layers.resolution import attend_to_real_tokens, pad_to_windows
 from ..layers.tracing import is_open
-from ..layers.window_attention import WindowAttention
+from ..layers.window_attention import WindowAttention, partition
+from ..layers.window_places import WindowPlaces
 from .base import (
     ChannelsLastStage,
     ClassifierHead,
@@ -281,6 +283,19 @@ class PartitionAttention(nn.Module):
         y = attend_to_real_tokens(self.norm1(x), self.attn, is_grid=self.is_grid)
         x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def attention_maps(
+        self, x: torch.Tensor, *, size: tuple[int, int], points: Sequence[Point]
+    ) -> dict[str, AttentionMaps]:
+        """Show what positions of a map attend to; as `NeighborhoodAttention` does."""
+        sides = self.attn.window_size
+        found = WindowPlaces.find(points, size, sides, is_grid=self.is_grid, device=x.device)
+        windows = partition(pad_to_windows(self.norm1(x), sides), sides, is_grid=self.is_grid)
+        weights = self.attn.attention_weights(
+            windows[found.windows], found.tokens, mask=found.places >= 0
+        )
+        kind = "grid" if self.is_grid else "window"
+        return {f"{kind} {sides[0]}x{sides[1]}": found.maps(weights)}
 
     def set_window_size(self, size: tuple[int, int]) -> None:
         """Change the window, and resize the table of bias to it."""

@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import nn
 from torch.nn import functional as F
 
 from ..layers.arguments import check_whole_number, is_whole_number
+from ..layers.attention_maps import AttentionMaps, Point, attention_weights, maps_of_all
 from ..layers.rel_pos import rel_pos_bias_of_pairs
+from ..layers.weight_init import trunc_normal_
 from .nat import PATCHES, SHARED_RULES, DiNATS, PatchStem, weights_of
 from .registry import register_backbones
 
@@ -46,15 +47,31 @@ class FullAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.rel_pos_bias = nn.Parameter(torch.empty(num_heads, *(2 * side - 1 for side in size)))
         self.proj = nn.Linear(dim, dim)
-        trunc_normal_(self.rel_pos_bias, std=0.02)
+        trunc_normal_(self.rel_pos_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         size = x.shape[1:3]
-        qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, H * W, head_dim)
+        return self.proj(self._attend(*self._project(x)).flatten(2)).unflatten(1, size)
+
+    def attention_maps(
+        self, x: torch.Tensor, *, size: tuple[int, int], points: Sequence[Point]
+    ) -> dict[str, AttentionMaps]:
+        """Show what positions of a map attend to; as `NeighborhoodAttention` does."""
+        query, key, value = self._project(x)
+        queries = [(0, row * size[1] + column) for row, column in points]
+        weights = attention_weights(lambda value: self._attend(query, key, value), value, queries)
+        return {"all positions": maps_of_all(weights[:, 0], size)}
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Give query, key and value: (B, H * W, heads, head_dim) each."""
+        return self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend to all positions: (B, H * W, heads, head_dim) from as many."""
         bias = rel_pos_bias_of_pairs(self.rel_pos_bias).to(query.dtype)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).flatten(2)).unflatten(1, size)
+        return x.transpose(1, 2)
 
 
 class IsotropicNAT(DiNATS):

@@ -5,15 +5,18 @@ Legend: B batch, H and W height and width of the map, C channels. All maps are N
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 
 from ..kernels import neighborhood_attention
 from .arguments import check_whole_number
+from .attention_maps import AttentionMaps, Point, attention_weights, maps_of_grid
 from .linear import Linear
 from .resolution import crop, pad_axis
 from .tracing import larger
+from .weight_init import trunc_normal_
 
 
 class NeighborhoodAttention(nn.Module):
@@ -55,16 +58,43 @@ class NeighborhoodAttention(nn.Module):
         table = torch.empty(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
         self.rel_pos_bias = nn.Parameter(table)
         self.proj = Linear(dim, dim)
-        trunc_normal_(self.rel_pos_bias, std=0.02)
+        trunc_normal_(self.rel_pos_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[1:3]
+        x = self._attend(*self._project(x))
+        return self.proj(crop(x.flatten(3), height, width))
+
+    def attention_maps(
+        self, x: torch.Tensor, *, size: tuple[int, int], points: Sequence[Point]
+    ) -> dict[str, AttentionMaps]:
+        """Show what positions of a map attend to.
+
+        Args:
+            x: (1, H, W, C), as in the forward pass.
+            size: H and W.
+            points: rows and columns of positions.
+
+        Returns:
+            One entry, named by kernel size and dilation.
+        """
+        query, key, value = self._project(x)
+        weights = attention_weights(
+            lambda value: self._attend(query, key, value), value, [(0, *point) for point in points]
+        )
+        kind = f"neighborhood {self.kernel_size}x{self.kernel_size}"
+        kind += f", dilation {self.dilation}" if self.dilation > 1 else ""
+        return {kind: maps_of_grid(weights[:, 0], size)}
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Give query, key and value of the padded map."""
         qkv = self._pad(self._pad(self.qkv(x), 1), 2)
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        x = neighborhood_attention(
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return neighborhood_attention(
             query, key, value, self.kernel_size, dilation=self.dilation, bias=self.rel_pos_bias
         )
-        return self.proj(crop(x.flatten(3), height, width))
 
     def _pad(self, qkv: torch.Tensor, axis: int) -> torch.Tensor:
         """Extend an axis of (B, H, W, 3C) to kernel_size * dilation by what zeros project to."""

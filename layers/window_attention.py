@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .arguments import check_whole_number
+from .attention_maps import attention_weights
 from .linear import Linear, in_pieces
 from .rel_pos import RelPosBias
 from .tracing import Length, is_exporting, is_open
@@ -175,6 +176,33 @@ def _is_fused_nowhere(query: torch.Tensor) -> bool:
     )
 
 
+def weights_of_tokens(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Find the weights with which `attend` takes up the values, for one query of each window.
+
+    Args:
+        query, key, value, bias, scale: as `attend` takes them.
+        tokens: (B',), the query of each window.
+
+    Returns:
+        (B', M, heads).
+    """
+    heads = value.shape[2]
+    windows = torch.arange(len(tokens), device=tokens.device)
+    return attention_weights(
+        lambda value: attend(query, key, value, bias, scale=scale).unflatten(-1, (heads, -1)),
+        value,
+        [(windows, tokens)],
+    )[0]
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows, with a bias for each relative position.
 
@@ -224,8 +252,7 @@ class WindowAttention(nn.Module):
         """
         bias = self.rel_pos_bias(size)
         if mask is not None:
-            # (B', heads, N, N)
-            return self._attend(windows, bias.masked_fill(~mask[:, None, None], float("-inf")))
+            return self._attend(windows, _masked(bias, mask))
         return in_pieces(
             lambda part: self._attend(part, bias),
             windows,
@@ -234,9 +261,37 @@ class WindowAttention(nn.Module):
             piece=_VALUES_OF_PIECE,
         )
 
+    def attention_weights(
+        self, windows: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Find what one token of each window attends to.
+
+        Args:
+            windows: (B', N, C).
+            tokens: (B',), a token of each window.
+            mask: as in the forward pass.
+
+        Returns:
+            (B', N, heads): the weights of the window's tokens.
+        """
+        bias = self.rel_pos_bias()
+        bias = bias if mask is None else _masked(bias, mask)
+        return weights_of_tokens(*self._project(windows), bias, tokens)
+
+    def _project(self, windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Give query, key and value: (B', N, heads, head_dim) each."""
+        return self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+
     def _attend(self, windows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return self.proj(attend(query, key, value, bias))
+        return self.proj(attend(*self._project(windows), bias))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
+
+
+def _masked(bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Take the bias (heads, N, N) of windows whose masked tokens nothing attends to.
+
+    (B', heads, N, N); `mask` is (B', N), True where a token is attended to.
+    """
+    return bias.masked_fill(~mask[:, None, None], float("-inf"))

@@ -38,7 +38,8 @@ SAVING_MEMORY = {
     "train": "lower train_dataloader.batch_size or the images' size with --cfg-options, or give "
     "--amp, or model.backbone.with_cp=True for a detector or segmenter",
     "test": "lower test_dataloader.batch_size or the images' size with --cfg-options",
-    "predict": "give smaller images, or lower the images' size with --cfg-options",
+    "predict": "give smaller images, or lower the images' size with --cfg-options (for --show with "
+    "--size)",
     "macs": "give a smaller --size",
     "bench": "give a smaller --batch or --size",
     "bench-kernels": "give a smaller --batch or --memory, or other --shapes",
@@ -75,6 +76,20 @@ class Parser(argparse.ArgumentParser):
                     name for parser in action.choices.values() for name in parser.option_names()
                 ]
         return names
+
+    def take_words(self, args: argparse.Namespace, words: Sequence[str]) -> bool:
+        """Add words that come after an option to the last argument, where that is a list.
+
+        argparse ends a list of arguments at the first option.
+
+        Returns:
+            Whether there is a list, and no option among the words.
+        """
+        arguments = [a for a in self._actions if not a.option_strings and a.nargs == "+"]
+        if not arguments or any(word.startswith("-") for word in words):
+            return False
+        getattr(args, arguments[-1].dest).extend(words)
+        return True
 
     def refuse_words(self, words: Sequence[str]) -> NoReturn:
         """Exit for words that no argument took."""
@@ -121,7 +136,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(command, COMMANDS, n=3) or COMMANDS
         parser.error(f"there is no command {command!r}; did you mean {', '.join(near)}?")
     args, unknown = parser.parse_known_args(argv)
-    if unknown:
+    if unknown and not args.parser.take_words(args, unknown):
         args.parser.refuse_words(unknown)
     return args
 

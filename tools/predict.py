@@ -2,7 +2,8 @@
 
 Boxes (and masks, where the detector has them), the class of each pixel, or the most probable
 classes of the whole image: the config's model decides which. What the files hold is said in
-`densezoo.tools.prediction_files`.
+`densezoo.tools.prediction_files`. With ``--show`` it draws what a model does instead: see
+`densezoo.tools.show_command`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .._version import __version__
+from . import show_command
 from .draw_predictions import (
     ClassScores,
     Detections,
@@ -28,6 +30,7 @@ from .draw_predictions import (
     draw,
     make_palette,
 )
+from .durable_files import write_durably
 from .prediction_files import (
     Job,
     encode_label_map,
@@ -43,7 +46,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = (
     "densezoo predict retinanet_cas_vit_xs_fpn_1x_coco work_dirs/coco/epoch_12.pth street.jpg "
-    "more_images --out drawn"
+    "more_images --out drawn\n"
+    "  densezoo predict --show attention nat_tiny street.jpg --weights nat_tiny.pth "
+    "--points 0.5,0.3"
 )
 
 _MAX_RESIZED = 2**26  # pixels of an image that a classifier's transform may make
@@ -51,10 +56,22 @@ _MAX_RESIZED = 2**26  # pixels of an image that a classifier's transform may mak
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``densezoo predict``."""
-    parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of one")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of its model")
+    shows = ",".join(show_command.SHOWS)
+    parser.usage = (
+        "%(prog)s [options] CONFIG CHECKPOINT IMAGE [IMAGE ...]\n"
+        f"       %(prog)s --show {{{shows}}} [options] MODEL IMAGE [IMAGE ...]"
+    )
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="image files, and folders of them"
+        "config",
+        metavar="CONFIG",
+        help="a config file, or the name of one; with --show also the name of a model",
+    )
+    parser.add_argument(
+        "words",
+        metavar="CHECKPOINT IMAGE",
+        nargs="+",
+        help="a checkpoint of the config's model (not with --show, which has --weights); image "
+        "files, and folders of them",
     )
     parser.add_argument(
         "--out",
@@ -81,20 +98,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change the config, as in training",
     )
+    show_command.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run ``densezoo predict``."""
     if not 0 <= args.score_thr <= 1:
         raise ValueError(f"--score-thr is {args.score_thr}; it must be from 0 to 1")
+    if args.show:
+        show_command.run(args, [Path(word) for word in args.words], choose_device(args.device))
+        return
+    checkpoint, *images = args.words
+    if not images:
+        args.parser.error("the following arguments are required: IMAGE")
+    for name in show_command.OPTIONS:
+        if getattr(args, name):
+            args.parser.error(f"--{name.replace('_', '-')} goes with --show")
     device = choose_device(args.device)
     jobs = plan_jobs(
-        [Path(path) for path in args.images],
+        [Path(image) for image in images],
         Path(args.out),
         overwrite=args.overwrite,
         label_maps=_is_segmenter(args.config, args.cfg_options),
     )
-    predictor = Predictor(args.config, args.checkpoint, cfg_options=args.cfg_options, device=device)
+    predictor = Predictor(args.config, checkpoint, cfg_options=args.cfg_options, device=device)
     problems = []
     try:
         for job in tqdm(jobs, disable=None):
@@ -130,8 +157,6 @@ def predict_to_files(predictor: Predictor, job: Job, *, score_thr: float) -> str
         UnusableImage: It can't be read, or nothing can be predicted of it.
         OSError: A file can't be written.
     """
-    from .engine.durable_checkpoints import write_durably
-
     image = read_image(job.image)
     prediction = predictor(image)
     record = {

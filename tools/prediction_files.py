@@ -43,24 +43,28 @@ class Job:
         image: the image.
         is_named: the user named the file itself rather than a folder.
         picture: the image with the prediction drawn on it, PNG.
-        record: the prediction, JSON.
+        record: the prediction, JSON; None where nothing is predicted.
         label_map: the class of each pixel, PNG; None where no segmenter is asked.
     """
 
     image: Path
     is_named: bool
     picture: Path
-    record: Path
-    label_map: Path | None
+    record: Path | None = None
+    label_map: Path | None = None
 
     @property
     def files(self) -> list[Path]:
-        files = [self.picture, self.record]
-        return [*files, self.label_map] if self.label_map else files
+        return [file for file in (self.picture, self.record, self.label_map) if file]
 
 
 def plan_jobs(
-    paths: Sequence[Path], out_dir: Path, *, overwrite: bool, label_maps: bool = True
+    paths: Sequence[Path],
+    out_dir: Path,
+    *,
+    overwrite: bool,
+    label_maps: bool = True,
+    show: str | None = None,
 ) -> list[Job]:
     """Find the images, and name the files of each, before any work is done.
 
@@ -69,6 +73,7 @@ def plan_jobs(
         out_dir: folder of the files; as a part of a folder of images it is no source of them.
         overwrite: let files be replaced.
         label_maps: plan label maps, for a segmenter.
+        show: plan a picture alone, ``NAME_{show}.png``.
 
     Raises:
         FileNotFoundError: An image does not exist.
@@ -77,12 +82,54 @@ def plan_jobs(
         ValueError: A named file is no image, a folder holds none, two images would get one file,
             or a file is an image itself.
     """
+    sources = _find_sources(paths, out_dir)
+    places = {place for _, place, _ in sources}
+    stems = Counter(place.with_suffix("") for place in places)
+    jobs = []
+    for image, place, is_named in sources:
+        stem = place.stem if stems[place.with_suffix("")] == 1 else place.name
+        if show:
+            jobs.append(Job(image, is_named, place.with_name(f"{stem}_{show}.png")))
+            continue
+        jobs.append(
+            Job(
+                image,
+                is_named,
+                picture=place.with_name(f"{stem}.png"),
+                record=place.with_name(f"{stem}.json"),
+                label_map=place.with_name(f"{stem}_labels.png") if label_maps else None,
+            )
+        )
+    _check_files(jobs, overwrite)
+    _check_named([job.image for job in jobs if job.is_named])
+    return jobs
+
+
+def plan_summary(paths: Sequence[Path], picture: Path, *, overwrite: bool) -> list[Path]:
+    """Find the images that one picture is made of, before any work is done.
+
+    Args:
+        paths: images and folders.
+        picture: the file to be written.
+        overwrite: let it be replaced.
+
+    Raises:
+        OSError, ValueError: as of `plan_jobs`.
+    """
+    sources = _find_sources(paths, picture.parent)
+    _check_file(picture, {image.resolve() for image, _, _ in sources}, overwrite)
+    _check_named([image for image, _, is_named in sources if is_named])
+    return [image for image, _, _ in sources]
+
+
+def _find_sources(paths: Sequence[Path], out_dir: Path) -> list[tuple[Path, Path, bool]]:
+    """Find the images: each, its place in the output folder, whether it was named itself."""
     if out_dir.exists() and not out_dir.is_dir():
         raise FileExistsError(f"--out {out_dir} is a file; name a folder")
     existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK):
         raise PermissionError(f"--out {out_dir} can't be written to; name another folder")
-    sources = []  # image, its place in the output folder, whether it was named itself
+    sources = []
     for path in paths:
         if path.is_dir():
             if out_dir.exists() and out_dir.samefile(path):
@@ -95,26 +142,15 @@ def plan_jobs(
             sources.append((path, out_dir / path.name, True))
         else:
             raise FileNotFoundError(f"image {path} does not exist")
-    places = {place for _, place, _ in sources}
-    stems = Counter(place.with_suffix("") for place in places)
-    jobs = []
-    for image, place, is_named in sources:
-        stem = place.stem if stems[place.with_suffix("")] == 1 else place.name
-        jobs.append(
-            Job(
-                image,
-                is_named,
-                picture=place.with_name(f"{stem}.png"),
-                record=place.with_name(f"{stem}.json"),
-                label_map=place.with_name(f"{stem}_labels.png") if label_maps else None,
-            )
-        )
-    _check_files(jobs, overwrite)
-    problems = [problem for job in jobs if job.is_named and (problem := _find_problem(job.image))]
+    return sources
+
+
+def _check_named(images: Sequence[Path]) -> None:
+    """Raise for files that the user named and that are no images."""
+    problems = [problem for image in images if (problem := _find_problem(image))]
     if problems:
         more = f" (and {len(problems) - 1} more of the images)" if len(problems) > 1 else ""
         raise UnusableImage(problems[0] + more)
-    return jobs
 
 
 def _check_files(jobs: Sequence[Job], overwrite: bool) -> None:
@@ -129,10 +165,15 @@ def _check_files(jobs: Sequence[Job], overwrite: bool) -> None:
                     "them one by one, with two folders of --out"
                 )
             sources[file] = job.image
-            if file.exists() and file.resolve() in images:
-                raise ValueError(f"{file} is the image itself; choose another folder with --out")
-            if file.exists() and not overwrite:
-                raise FileExistsError(f"{file} exists; pass --overwrite or another --out")
+            _check_file(file, images, overwrite)
+
+
+def _check_file(file: Path, images: set[Path], overwrite: bool) -> None:
+    """Raise where a file is one of the images, or exists and is not to be replaced."""
+    if file.exists() and file.resolve() in images:
+        raise ValueError(f"{file} is the image itself; choose another folder with --out")
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} exists; pass --overwrite or another --out")
 
 
 def _find_problem(image: Path) -> str | None:
