@@ -11,32 +11,31 @@ matrix product of the same dtype and in a large copy.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import fnmatch
-import gc
-import json
 import math
-import os
 import shlex
-import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..kernels.runtime import BACKENDS
-from . import neighborhood_peers
+from . import neighborhood_peers, routing_peers
 from .bench_throughput import DTYPES, Setup, describe_run, limit_threads, new_file
 from .count_macs import first_line
-from .kernel_shapes import list_neighborhood_runs, list_neighborhood_shapes
-from .neighborhood_peers import DeclinedError, NeighborhoodCase
+from .kernel_shapes import (
+    list_neighborhood_runs,
+    list_neighborhood_shapes,
+    list_routing_runs,
+    list_routing_shapes,
+)
+from .operator_cases import AttentionCase, DeclinedError
+from .step_memory import measure_peak
 
 EXAMPLE = (
     "densezoo bench-kernels neighborhood_attention --shapes 'dinat_mini@*' --vs gather flex "
@@ -61,25 +60,28 @@ class Operator:
         list_runs: lists the published models' runs, each with a `name` that holds an "@".
         list_shapes: takes runs, gives {shape: names of those that meet it}; a shape has a `name`
             without an "@".
-        make_case: takes shape, batch, dtype, device, has_bias, memory_limit and backend. A case
-            has `inputs` and `grad_out`, counts FLOPs and bytes and measures errors.
+        make_case: makes the case of a shape.
         describe_ours: names the backend that our operator takes for a case.
         peers: by name; each takes a case and whether it is for training, and returns the function
             of the inputs that is timed, or raises a DeclinedError. The first one is ours.
+        default_shapes: patterns of what is timed if nothing is asked for.
+        legend: how names of shapes are to be read.
     """
 
     list_runs: Callable[[], list[Any]]
     list_shapes: Callable[[Sequence[Any]], dict[Any, tuple[str, ...]]]
-    make_case: Callable[..., Any]
+    make_case: Callable[..., AttentionCase]
     describe_ours: Callable[[Any], str]
     peers: dict[str, Callable[[Any, bool], Callable[..., torch.Tensor]]]
+    default_shapes: tuple[str, ...]
+    legend: str
 
 
 OPERATORS = {
     "neighborhood_attention": Operator(
         list_neighborhood_runs,
         list_neighborhood_shapes,
-        NeighborhoodCase,
+        neighborhood_peers.NeighborhoodCase,
         neighborhood_peers.describe_ours,
         {
             OURS: neighborhood_peers.make_ours,
@@ -88,6 +90,22 @@ OPERATORS = {
             "sdpa": neighborhood_peers.make_sdpa,
             "natten": neighborhood_peers.make_natten,
         },
+        ("dinat_mini@224x224",),
+        "HEIGHTxWIDTH-hHEADSxCHANNELS-kKERNEL-dDILATION",
+    ),
+    "routing_attention": Operator(
+        list_routing_runs,
+        list_routing_shapes,
+        routing_peers.RoutingCase,
+        routing_peers.describe_ours,
+        {
+            OURS: routing_peers.make_ours,
+            "gather": routing_peers.make_gather,
+            "flex": routing_peers.make_flex,
+            "sdpa": routing_peers.make_sdpa,
+        },
+        ("biformer_tiny@224x224",),
+        "HEIGHTxWIDTH-hHEADSxCHANNELS-sREGIONS-kTOPK",
     ),
 }
 
@@ -114,7 +132,8 @@ class Plan:
         peers: what to compare with; all if None.
         passes: of `PASSES`.
         backend: what computes ours, by name; the operator chooses if None.
-        has_bias: whether relative position biases are added.
+        has_bias: whether operators' biases are among the inputs: those of relative positions, and
+            the key and value of padded tokens.
         rounds: turns of each peer.
         seconds: rounds end after this time at a shape and pass, but not before 3 of them; a peer
             whose step takes as long is left out.
@@ -159,41 +178,56 @@ class _Runner:
     memory_mib: float | None = None
 
 
-def select_shapes(operator: str, patterns: Sequence[str]) -> dict[Any, tuple[str, ...]]:
+def select_shapes(
+    operators: Sequence[str], patterns: Sequence[str]
+) -> dict[str, dict[Any, tuple[str, ...]]]:
     """Select published shapes by their names or by those of the runs that meet them.
 
     Args:
-        operator: a name of `OPERATORS`.
+        operators: names of `OPERATORS`.
         patterns: shell patterns of runs where they hold an "@", such as "dinat_mini@*", else of
-            shapes, such as "*-k11-*"; "all" takes all.
+            shapes, such as "*-k11-*"; "all" takes all. Each operator's own choice if none.
 
     Returns:
-        For each shape the names of the runs that meet it, as far as these are looked at: all of
-        them, unless the patterns are of runs alone.
+        For each operator that has some: the shapes, for each the names of the runs that meet it,
+        as far as these are looked at: all of them, unless the patterns are of runs alone.
 
     Raises:
         ValueError: a pattern matches nothing.
     """
-    ways = OPERATORS[operator]
+    selected, matched = {}, set()
+    for operator in operators:
+        found, hits = _select(OPERATORS[operator], patterns or OPERATORS[operator].default_shapes)
+        matched |= hits
+        if found:
+            selected[operator] = found
+    for pattern in patterns:
+        if pattern not in matched:
+            examples = " or ".join(OPERATORS[name].default_shapes[0] for name in operators)
+            legends = " or ".join(OPERATORS[name].legend for name in operators)
+            raise ValueError(
+                f"--shapes {pattern!r} matches no shape of {', '.join(operators)}: a pattern with "
+                f"an @ is of models and image sizes, as of {examples}, one without is of shapes, "
+                f"{legends}, and all takes all; --list shows them"
+            )
+    return selected
+
+
+def _select(ways: Operator, patterns: Sequence[str]) -> tuple[dict[Any, tuple[str, ...]], set[str]]:
+    """Select an operator's shapes; give those patterns too that match one."""
     runs = ways.list_runs()
     chosen = [run for run in runs if _matches(run.name, [p for p in patterns if "@" in p])]
     is_of_runs = all("@" in pattern for pattern in patterns)
     shapes = ways.list_shapes(chosen if is_of_runs else runs)
+    known = [run.name for run in runs] + [shape.name for shape in shapes]
+    matched = {p for p in patterns if p == "all" or any(_matches(name, [p]) for name in known)}
     patterns = ["*" if pattern == "all" else pattern for pattern in patterns]
-    for pattern in patterns:
-        names = [run.name for run in runs] if "@" in pattern else [s.name for s in shapes]
-        if not any(_matches(name, [pattern]) for name in names):
-            known = f"as of {runs[0].name} or {runs[-1].name}"
-            raise ValueError(
-                f"--shapes {pattern!r} matches no shape of {operator}: a pattern with an @ is of "
-                f"models and image sizes, {known}, one without is of shapes, as of "
-                "56x56-h2x32-k7-d8, and all takes all; --list shows them"
-            )
-    return {
+    selected = {
         shape: names
         for shape, names in shapes.items()
         if any(_matches(name, patterns) for name in (shape.name, *names))
     }
+    return selected, matched
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -239,43 +273,6 @@ def _time(step: Callable[[], Any], calls: int, device: torch.device) -> float:
     for _ in range(calls):
         step()
     return 1000 * (time.perf_counter() - begin) / calls
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop what libraries write to the process's stderr: the profiler's has notes of its own."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def measure_memory(step: Callable[[], Any], device: torch.device) -> float:
-    """Measure how far a step takes PyTorch's allocator above where it stood, MiB."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    gc.collect()  # what is freed in the step should be the step's
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [event for event in events if event.get("name") == "[memory]"]
-    changes.sort(key=lambda event: event["ts"])
-    totals = np.cumsum([event["args"]["Bytes"] for event in changes])
-    return max(0, *totals.tolist()) / 2**20 if changes else 0.0
 
 
 def measure(
@@ -355,7 +352,7 @@ def _prepare(operator: Operator, peer: str, case: Any, is_training: bool, plan: 
                 raise DeclinedError(
                     f"a step takes {step_ms / 1000:.0f} s, the limit is {seconds:g}"
                 )
-            runner.memory_mib = measure_memory(step, case.device)
+            runner.memory_mib = measure_peak(step, case.device)
     except DeclinedError as error:
         runner.status = f"declined: {error}"
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AssertionError) as error:
@@ -430,7 +427,7 @@ def _make_row(
 
 
 COLUMNS = (
-    ("shape", 22),
+    ("shape", 24),
     ("pass", 5),
     ("peer", 16),
     ("ms", 9),
@@ -469,21 +466,24 @@ def format_rows(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def format_summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Say how peers compare with ours over all shapes: geometric mean, least and most."""
+    """Say how peers compare with ours over an operator's shapes: geometric mean, least and most."""
     lines = []
-    for name in PASSES:
-        for peer in dict.fromkeys(row["peer"] for row in rows if row["peer"] != OURS):
-            ratios = [
-                row["x_ours"]
-                for row in rows
-                if (row["peer"], row["pass"]) == (peer, name) and row["x_ours"] is not None
-            ]
-            if ratios:
-                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-                lines.append(
-                    f"{name}: {peer} takes {mean:.2f} times as long as ours ({min(ratios):.2f} to "
-                    f"{max(ratios):.2f}; geometric mean of {len(ratios)} shapes)"
-                )
+    operators = dict.fromkeys(row["operator"] for row in rows)
+    groups = dict.fromkeys((row["operator"], row["pass"], row["peer"]) for row in rows)
+    for operator, name, peer in groups:
+        ratios = [
+            row["x_ours"]
+            for row in rows
+            if (row["operator"], row["pass"], row["peer"]) == (operator, name, peer)
+            and row["x_ours"] is not None
+        ]
+        if ratios and peer != OURS:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            of_operator = f"{operator}, " if len(operators) > 1 else ""
+            lines.append(
+                f"{of_operator}{name}: {peer} takes {mean:.2f} times as long as ours "
+                f"({min(ratios):.2f} to {max(ratios):.2f}; geometric mean of {len(ratios)} shapes)"
+            )
     absent = [row for row in rows if row["peer"] == OURS and row["median_ms"] is None]
     lines += [
         f"{row['shape']}, {row['pass']}: ours is not timed: {row['status']}" for row in absent
@@ -499,24 +499,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes",
         nargs="+",
-        default=["dinat_mini@224x224"],
+        default=(),
         metavar="PATTERN",
         help="published shapes: all, or patterns of their names (56x56-h2x32-k7-d8) or of the "
         "models and image sizes that meet them, such as 'dinat_mini@*', '*@800x1333*' and "
-        "'*@*:ade20k' (default: dinat_mini@224x224)",
+        "'*@*:ade20k' (default: "
+        + ", ".join(f"{ways.default_shapes[0]} of {name}" for name, ways in OPERATORS.items())
+        + ")",
     )
     parser.add_argument("--list", action="store_true", help="print the shapes and stop")
     parser.add_argument(
         "--vs",
         nargs="+",
         metavar="PEER",
-        help="what to compare with; all by default: gather (neighbours copied, then multiplied), "
-        "flex (FlexAttention, compiled), sdpa (attention over the whole map under a mask), "
-        "natten (where it is installed)",
+        help="what to compare with; all by default: gather (keys and values of each query's "
+        "neighbours or regions copied, then multiplied), flex (FlexAttention, compiled), sdpa "
+        "(attention over the whole map under a mask), natten (where it is installed)",
     )
     parser.add_argument("--passes", nargs="+", default=list(PASSES), help=", ".join(PASSES))
     parser.add_argument("--backend", help=f"of ours: {', '.join(BACKENDS)}; its own choice if none")
-    parser.add_argument("--no-bias", action="store_true", help="no relative position biases")
+    parser.add_argument(
+        "--no-bias",
+        action="store_true",
+        help="no relative position biases, and zeros as padded tokens",
+    )
     parser.add_argument("--batch", type=int, default=1, help="images a step")
     parser.add_argument("--dtype", default="float32", help=", ".join(DTYPES))
     parser.add_argument("--device", help="cuda where there is one, else cpu")
@@ -569,7 +575,7 @@ def run(args: argparse.Namespace) -> None:
         memory_limit=args.memory,
     )
     plan.check()
-    selected = {name: select_shapes(name, args.shapes) for name in operators}
+    selected = select_shapes(operators, args.shapes)
     if args.list:
         for shapes in selected.values():
             for shape, runs in shapes.items():
@@ -585,7 +591,7 @@ def run(args: argparse.Namespace) -> None:
             "copy_gb_per_s": round(ceilings.bytes / 1e9, 1),
             "command": _command(args),
         }
-        print(format_heading(facts))
+        print(format_heading(facts, selected))
         rows = []
         for operator, shapes in selected.items():
             for group in measure(operator, shapes, plan, ceilings):
@@ -610,7 +616,7 @@ def _describe(setup: Setup) -> dict[str, Any]:
     }
 
 
-def format_heading(facts: dict[str, Any]) -> str:
+def format_heading(facts: dict[str, Any], operators: Iterable[str]) -> str:
     """Format the machine, what the columns are, and the table's head."""
     is_cpu = not facts["driver"]
     memory = "PyTorch's allocations on the CPU" if is_cpu else "PyTorch's allocator on the GPU"
@@ -623,8 +629,8 @@ def format_heading(facts: dict[str, Any]) -> str:
             f"{facts['densezoo']} {facts['commit']}",
             "ms a step: median and percentiles, peers taking turns; x-ours: time over ours; MiB: "
             f"peak of {memory}, results\nincluded; floor-%: share of the speed that the ceilings "
-            "allow; fwd: forward, f+b: forward and backward; shape:\nHEIGHTxWIDTH-hHEADSxCHANNELS"
-            "-kKERNEL-dDILATION",
+            "allow; fwd: forward, f+b: forward and backward; shape:\n"
+            + ", ".join(OPERATORS[name].legend for name in operators),
             _format_line([name for name, _ in COLUMNS]),
         ]
     )

@@ -3,11 +3,15 @@
 Models are timed in turn in one process: each round times every model once, and each time is also
 given as a multiple of timm's resnet50 in the same round, so that a machine that slows down slows
 all alike. Weights are random; the settings are PyTorch's defaults but for what the arguments say.
+
+A transcription is a model of the zoo written as its official code computes it, with the weights
+of the model that it is compared with; it is timed once both are found to give the same outputs.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import csv
 import datetime
@@ -19,8 +23,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,9 @@ from tqdm import tqdm
 from .._version import __version__
 from ..backbones.registry import find_backbone
 from ..kernels.runtime import BACKENDS, check_backend, use_backend
+from . import biformer_transcription
 from .count_macs import build_model, check_size, count_macs, first_line, input_size
+from .step_memory import measure_peak, measure_saved
 from .tables import format_table
 
 EXAMPLE = (
@@ -49,6 +55,9 @@ DTYPES = {
 MIN_ROUNDS = 20
 WARMUP = 5  # steps of a model before it is timed; a compiler works in the first
 TURN_MS = 50.0  # a turn is as many steps as take this long
+# Largest difference of a transcription's outputs in float64 from those of its model, in standard
+# deviations of the latter's: rounding makes some 1e-14, a wrong pixel at an edge 1e-2 and more.
+TOLERANCE = 1e-8
 
 # The child process that measures memory; its argument is what `_measure_growth` takes.
 _CHILD = (
@@ -99,22 +108,48 @@ class Setup:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to time: its name in timm, whether its norms are fused, its operators' backend."""
+    """A model to time.
+
+    Attributes:
+        name: its name in timm.
+        fused: whether its norms are fused.
+        backend: of its operators, by name; they choose if None.
+        arguments: names and values of arguments that it is built with, as in `model_kwargs`.
+        is_transcription: whether it is the transcription of the model.
+    """
 
     name: str
     fused: bool = False
     backend: str | None = None
+    arguments: tuple[tuple[str, Any], ...] = ()
+    is_transcription: bool = False
+
+    @property
+    def model(self) -> str:
+        """What it is called without its form."""
+        return f"transcription:{self.name}" if self.is_transcription else self.name
 
     @property
     def label(self) -> str:
-        notes = ["fused"] * self.fused + [self.backend] * (self.backend is not None)
-        return f"{self.name} ({', '.join(notes)})" if notes else self.name
+        return _label(self.model, self.fused, self.backend or "")
 
     def build(self, size: tuple[int, int], setup: Setup) -> nn.Module:
         """Build the model for images of `size` (height, width), on the CPU in float32."""
         torch.manual_seed(0)
-        model = build_model(self.name, size, features_only=setup.features_only)
+        arguments = dict(self.arguments)
+        if self.is_transcription:
+            model = build_model(self.name, size, arguments=arguments)
+            transcription = biformer_transcription.transcribe(self.name, model, arguments)
+            if setup.features_only:
+                return biformer_transcription.StageMaps(transcription)
+            return transcription
+        model = build_model(self.name, size, features_only=setup.features_only, arguments=arguments)
         return model.eval().fuse() if self.fused else model
+
+
+def _label(model: str, fused: bool, backend: str) -> str:
+    notes = ["fused"] * fused + [backend] * bool(backend)
+    return f"{model} ({', '.join(notes)})" if notes else model
 
 
 @dataclass
@@ -128,6 +163,8 @@ class _Runner:
     macs: int
     calls: int = 1
     memory_mib: float | None = None
+    peak_mib: float | None = None
+    saved_mib: float | None = None
 
 
 def list_subjects(
@@ -136,6 +173,7 @@ def list_subjects(
     fuse: bool = False,
     backends: Sequence[str] = (),
     peers: Sequence[str] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Subject]:
     """List what is timed: the models, each followed by its other forms, peers, the yardstick.
 
@@ -143,13 +181,16 @@ def list_subjects(
         names: models of densezoo or timm.
         fuse: time the models of the zoo with fused norms too.
         backends: time the models of the zoo on these backends of their operators too.
-        peers: timm's models, as "timm:NAME".
+        peers: timm's models, as "timm:NAME", and transcriptions, as "transcription:NAME".
+        model_kwargs: arguments of the zoo's models and of transcriptions.
 
     Raises:
-        ValueError: a name or backend is unknown, or `fuse` or `backends` finds no model of the
-            zoo.
+        ValueError: a name or backend is unknown, or `fuse`, `backends` or `model_kwargs` finds no
+            model of the zoo.
     """
-    for option, is_given in (("--fuse", fuse), ("--backends", bool(backends))):
+    arguments = tuple((model_kwargs or {}).items())
+    options = {"--fuse": fuse, "--backends": backends, "--model-kwargs": arguments}
+    for option, is_given in options.items():
         if is_given and not any(find_backbone(name) for name in names):
             raise ValueError(
                 f"{option} takes models of densezoo; {', '.join(names)}: none of them is"
@@ -159,14 +200,23 @@ def list_subjects(
     subjects = []
     for name in names:
         input_size(name)
-        subjects.append(Subject(name))
         if find_backbone(name):
-            subjects += [Subject(name, fused=True)] * fuse
-            subjects += [Subject(name, backend=backend) for backend in backends]
+            subject = Subject(name, arguments=arguments)
+            subjects += [subject] + [replace(subject, fused=True)] * fuse
+            subjects += [replace(subject, backend=backend) for backend in backends]
+        else:
+            subjects.append(Subject(name))
     for peer in peers:
         prefix, _, name = peer.partition(":")
+        if prefix == "transcription" and name in biformer_transcription.VARIANTS:
+            subjects.append(Subject(name, arguments=arguments, is_transcription=True))
+            continue
         if prefix != "timm" or not name:
-            raise ValueError(f"--vs takes timm:NAME, as in timm:convnext_tiny, not {peer!r}")
+            known = ", ".join(biformer_transcription.VARIANTS)
+            raise ValueError(
+                f"--vs takes timm:NAME, as in timm:convnext_tiny, and transcription:NAME for "
+                f"{known}, not {peer!r}"
+            )
         input_size(name)
         subjects.append(Subject(name))
     return list(dict.fromkeys([*subjects, Subject(YARDSTICK)]))
@@ -238,6 +288,8 @@ def limit_threads(number: int) -> Iterator[None]:
 def _prepare(subject: Subject, size: tuple[int, int], setup: Setup) -> _Runner:
     """Build, count and warm up a model; on a GPU, measure its peak memory too."""
     model = subject.build(size, setup)
+    if subject.is_transcription:
+        check_transcription(subject, size, setup)
     report = count_macs(model, size)
     is_cuda = torch.device(setup.device).type == "cuda"
     before = torch.cuda.memory_allocated(setup.device) if is_cuda else 0
@@ -248,6 +300,9 @@ def _prepare(subject: Subject, size: tuple[int, int], setup: Setup) -> _Runner:
         runner.step()
         if is_cuda:
             torch.cuda.reset_peak_memory_stats(setup.device)
+        if setup.train:
+            measure = _on_backend(subject, measure_saved)
+            runner.saved_mib = measure(model, _make_images(size, setup))
         warm_ms = min(_time(runner.step, 1, setup.device) for _ in range(WARMUP - 1))
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AssertionError) as error:
         raise ValueError(
@@ -256,8 +311,37 @@ def _prepare(subject: Subject, size: tuple[int, int], setup: Setup) -> _Runner:
         ) from error
     if is_cuda:
         runner.memory_mib = (torch.cuda.max_memory_allocated(setup.device) - before) / 2**20
+    runner.peak_mib = measure_peak(runner.step, torch.device(setup.device))
     runner.calls = max(1, math.ceil(TURN_MS / warm_ms))
     return runner
+
+
+def check_transcription(subject: Subject, size: tuple[int, int], setup: Setup) -> None:
+    """Raise a RuntimeError unless a transcription gives what the zoo's model gives, in float64."""
+    images = _make_images(size, setup).double()
+    found, wanted = (
+        _list_outputs(form.build(size, setup).to(setup.device).double().eval(), images)
+        for form in (subject, replace(subject, is_transcription=False))
+    )
+    errors = [((a - b).abs().max() / b.std()).item() for a, b in zip(found, wanted, strict=True)]
+    if not max(errors) <= TOLERANCE:
+        raise RuntimeError(
+            f"{subject.label} and {subject.name} differ by {max(errors):.1e} standard deviations "
+            "in float64: one of them is wrong"
+        )
+
+
+@torch.inference_mode()
+def _list_outputs(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    outputs = model(images)
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def _make_images(size: tuple[int, int], setup: Setup) -> torch.Tensor:
+    """Make a batch of random images, where and as models take them."""
+    layout = torch.channels_last if setup.channels_last else torch.contiguous_format
+    images = torch.randn(setup.batch, 3, *size, generator=torch.Generator().manual_seed(0))
+    return images.to(setup.device, DTYPES[setup.dtype], memory_format=layout)
 
 
 def _make_step(
@@ -267,8 +351,7 @@ def _make_step(
     layout = torch.channels_last if setup.channels_last else torch.contiguous_format
     target: dict[str, Any] = dict(device=setup.device, dtype=DTYPES[setup.dtype])
     model = model.to(**target, memory_format=layout).train(setup.train)
-    images = torch.randn(setup.batch, 3, *size, generator=torch.Generator().manual_seed(0))
-    images = images.to(**target, memory_format=layout)
+    images = _make_images(size, setup)
     forward = _compile(model) if setup.compile else model
 
     def infer() -> None:
@@ -281,8 +364,12 @@ def _make_step(
         sum(output.float().mean() for output in outputs).backward()
         model.zero_grad(set_to_none=True)
 
-    step = train if setup.train else infer
-    return step if subject.backend is None else use_backend(subject.backend)(step)
+    return _on_backend(subject, train if setup.train else infer)
+
+
+def _on_backend(subject: Subject, function: Callable) -> Callable:
+    """Let a function run on the backend of a subject, where it names one."""
+    return function if subject.backend is None else use_backend(subject.backend)(function)
 
 
 def _compile(model: nn.Module) -> Callable[[torch.Tensor], Any]:
@@ -328,9 +415,20 @@ def _print_growth(job: str) -> None:
     """Print what `_measure_growth` gives for the arguments in `job`, both as JSON."""
     arguments = json.loads(job)
     growth = _measure_growth(
-        Subject(**arguments["subject"]), tuple(arguments["size"]), Setup(**arguments["setup"])
+        _read_subject(arguments["subject"]), tuple(arguments["size"]), Setup(**arguments["setup"])
     )
     print(json.dumps(growth))
+
+
+def _read_subject(fields: dict[str, Any]) -> Subject:
+    """Read a subject from what JSON makes of it, whose tuples are lists."""
+    arguments = tuple((name, _freeze(value)) for name, value in fields["arguments"])
+    return Subject(**{**fields, "arguments": arguments})
+
+
+def _freeze(value: Any) -> Any:
+    """Turn lists, also those within others, into tuples."""
+    return tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _measure_growth(subject: Subject, size: tuple[int, int], setup: Setup) -> float | None:
@@ -366,10 +464,15 @@ def _make_row(
     own = np.array(times[runner.subject])
     p20, median, p80 = np.percentile(own, [20, 50, 80])
     ratio = np.median(own / np.array(times[yardstick.subject]))
+    transcribed = replace(runner.subject, is_transcription=False)
+    x_model = None
+    if runner.subject.is_transcription and transcribed in times:
+        x_model = round(float(np.median(own / np.array(times[transcribed]))), 4)
     is_cpu = torch.device(setup.device).type == "cpu"
     memory_kind = "growth of resident size" if is_cpu else "peak of the allocator"
     return dict(
-        model=runner.subject.name,
+        model=runner.subject.model,
+        model_kwargs=" ".join(f"{name}={value}" for name, value in runner.subject.arguments),
         fused=runner.subject.fused,
         backend=runner.subject.backend or "",
         height=runner.size[0],
@@ -382,8 +485,11 @@ def _make_row(
         images_per_s=round(1000 * setup.batch / float(median), 2),
         x_resnet50=round(float(ratio), 4),
         x_resnet50_macs=round(runner.macs / yardstick.macs, 4),
+        x_model=x_model,
         memory_mib=None if runner.memory_mib is None else round(runner.memory_mib, 1),
         memory_kind="" if runner.memory_mib is None else memory_kind,
+        peak_mib=round(runner.peak_mib, 1),
+        saved_mib=None if runner.saved_mib is None else round(runner.saved_mib, 2),
         rounds=len(own),
         steps_per_round=runner.calls,
         warmup=WARMUP,
@@ -462,7 +568,7 @@ def format_rows(rows: Sequence[dict[str, Any]], setup: Setup) -> str:
     kind = rows[0]["memory_kind"] or "not measured on this system"
     cells = [
         [
-            Subject(row["model"], row["fused"], row["backend"] or None).label,
+            _label(row["model"], row["fused"], row["backend"]),
             f"{row['height']}x{row['width']}",
             f"{row['params'] / 1e6:.2f}",
             f"{row['macs'] / 1e9:.2f}",
@@ -473,10 +579,20 @@ def format_rows(rows: Sequence[dict[str, Any]], setup: Setup) -> str:
             f"{row['x_resnet50']:.3f}",
             f"{row['x_resnet50_macs']:.3f}",
             "-" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}",
+            f"{row['peak_mib']:.0f}",
+            "-" if row["saved_mib"] is None else f"{row['saved_mib']:.1f}",
         ]
         for row in rows
     ]
-    header = "model size M-params GMACs ms p20 p80 images/s x-resnet50 by-MACs MiB".split()
+    header = (
+        "model size M-params GMACs ms p20 p80 images/s x-resnet50 by-MACs MiB peak saved".split()
+    )
+    comparisons = [
+        f"{row['model']} takes {row['x_model']:.2f} times as long as its model at "
+        f"{row['height']}x{row['width']}."
+        for row in rows
+        if row["x_model"] is not None
+    ]
     return "\n".join(
         [
             f"{facts['device']}, threads {facts['threads']}, {facts['mode']}, batch "
@@ -487,7 +603,10 @@ def format_rows(rows: Sequence[dict[str, Any]], setup: Setup) -> str:
             f"densezoo {facts['densezoo']} {facts['commit']}",
             format_table(header, cells),
             f"ms a step: median of {rows[0]['rounds']} alternations after {WARMUP} warm-up steps; "
-            f"x-resnet50: time over resnet50's,\nby-MACs: what MACs alone would give; MiB: {kind}.",
+            "x-resnet50: time over resnet50's,\nby-MACs: what MACs alone would give; MiB: "
+            f"{kind};\npeak: MiB that PyTorch allocates in a step; saved: MiB of it that attention "
+            "operators keep for backward.",
+            *comparisons,
         ]
     )
 
@@ -512,6 +631,24 @@ def new_file(path: str | None) -> Iterator[Any]:
     except BaseException:
         Path(path).unlink()
         raise
+
+
+def read_model_kwargs(words: Sequence[str]) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` arguments; values are numbers, tuples and the like, or else texts.
+
+    Raises:
+        ValueError: a word is no such argument.
+    """
+    arguments = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--model-kwargs takes KEY=VALUE, as in num_regions=16, not {word!r}")
+        try:
+            arguments[name] = _freeze(ast.literal_eval(text))
+        except (ValueError, SyntaxError):
+            arguments[name] = text
+    return arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -551,8 +688,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vs",
         nargs="+",
         action="extend",
-        metavar="timm:NAME",
-        help="models of timm to compare with; resnet50 is always among them",
+        metavar="PEER",
+        help="what to compare with: timm:NAME, a model of timm (resnet50 is always among them), or "
+        "transcription:NAME, a model of densezoo written as its official code computes it, with "
+        "its weights: " + ", ".join(biformer_transcription.VARIANTS),
+    )
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        default=(),
+        metavar="KEY=VALUE",
+        help="arguments of the zoo's models and of transcriptions, such as num_regions=16",
     )
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--threads", type=int, help="threads of PyTorch on the CPU")
@@ -571,7 +717,11 @@ def run(args: argparse.Namespace) -> None:
     if args.train and args.fuse:
         raise ValueError("--fuse is for inference: leave out it or --train")
     subjects = list_subjects(
-        args.models, fuse=args.fuse, backends=args.backends, peers=args.vs or ()
+        args.models,
+        fuse=args.fuse,
+        backends=args.backends,
+        peers=args.vs or (),
+        model_kwargs=read_model_kwargs(args.model_kwargs),
     )
     sizes = [tuple(size) for size in args.size or [input_size(args.models[0])[1:]]]
     setup = Setup(
@@ -606,8 +756,10 @@ def _command(args: argparse.Namespace) -> str:
         words += ["--size", str(height), str(width)]
     for name in ("channels_last", "compile", "train", "fuse", "features_only"):
         words += [f"--{name.replace('_', '-')}"] if getattr(args, name) else []
-    for name in ("backends", "vs"):
-        words += [f"--{name}", *getattr(args, name)] if getattr(args, name) else []
+    for name in ("backends", "vs", "model_kwargs"):
+        words += (
+            [f"--{name.replace('_', '-')}", *getattr(args, name)] if getattr(args, name) else []
+        )
     return shlex.join(words)
 
 

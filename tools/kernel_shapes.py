@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -17,7 +18,10 @@ from torch import nn
 from ..backbones import list_backbones
 from ..layers.mlp import Mlp
 from ..layers.neighborhood_attention import NeighborhoodAttention
+from ..layers.routing_attention import RoutingAttention
 from .count_macs import input_size
+
+Shape = TypeVar("Shape")
 
 # Image sizes of the dense recipes, and their values of the models' argument `dilations`, which is
 # for models that dilate.
@@ -26,6 +30,9 @@ SEGMENTATION = ((512, 512), "ade20k")
 SEGMENTATION_OF_LARGE = ((640, 640), "ade20k_640")
 MASK2FORMER = ((640, 640), "mask2former")
 ANOTHER_SIZE = (512, 672)  # neither square nor what the weights are made for
+# Image sizes of BiFormer beside that of its weights, with regions along an axis of its maps: those
+# of COCO, twice, and ADE20K.
+ROUTED_SIZES = ((ANOTHER_SIZE, 16), ((512, 512), 8), ((800, 1216), 16))
 
 
 @dataclass(frozen=True, order=True)
@@ -62,6 +69,54 @@ class NeighborhoodShape:
         return 2 * batch * self.num_tokens * self.kernel_size**2 * channels
 
 
+@dataclass(frozen=True, order=True)
+class RoutingShape:
+    """Routing attention in a layer of a model.
+
+    Attributes:
+        size: height and width of the map, tokens.
+        num_heads: heads.
+        head_dim: channels of a head.
+        num_regions: regions along each axis.
+        region_size: tokens of a region along each axis.
+        topk: regions that a region attends to.
+    """
+
+    size: tuple[int, int]
+    num_heads: int
+    head_dim: int
+    num_regions: tuple[int, int]
+    region_size: tuple[int, int]
+    topk: int
+
+    @property
+    def name(self) -> str:
+        height, width = self.size
+        rows, columns = self.num_regions
+        regions = f"s{rows}" if rows == columns else f"s{rows}x{columns}"
+        return f"{height}x{width}-h{self.num_heads}x{self.head_dim}-{regions}-k{self.topk}"
+
+    @property
+    def num_tokens(self) -> int:
+        return self.size[0] * self.size[1]
+
+    @property
+    def region_area(self) -> int:
+        """Tokens of a region, padded ones included."""
+        return self.region_size[0] * self.region_size[1]
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """Height and width of all regions together, tokens."""
+        rows, columns = self.num_regions
+        return rows * self.region_size[0], columns * self.region_size[1]
+
+    def count_macs(self, batch: int) -> int:
+        """Count the multiply-accumulates of a forward pass: logits and values, padded keys too."""
+        channels = self.num_heads * self.head_dim
+        return 2 * batch * self.num_tokens * self.topk * self.region_area * channels
+
+
 @dataclass(frozen=True)
 class Run:
     """A model as its published results were made, at an image size.
@@ -69,19 +124,19 @@ class Run:
     Attributes:
         model: registered name.
         size: height and width of the image, pixels.
-        dilations: the preset in place of the model's own.
-        kernel_size: in place of the model's own.
+        arguments: names and values of arguments in place of the model's own.
+        note: what tells the run from others of the size, for its name.
     """
 
     model: str
     size: tuple[int, int]
-    dilations: str | None = None
-    kernel_size: int | None = None
+    arguments: tuple[tuple[str, Any], ...] = ()
+    note: str = ""
 
     @property
     def name(self) -> str:
-        preset = f":{self.dilations}" if self.dilations else ""
-        return f"{self.model}@{self.size[0]}x{self.size[1]}{preset}"
+        note = f":{self.note}" if self.note else ""
+        return f"{self.model}@{self.size[0]}x{self.size[1]}{note}"
 
 
 def list_neighborhood_runs() -> list[Run]:
@@ -101,8 +156,29 @@ def list_neighborhood_runs() -> list[Run]:
         runs.append(Run(name, ANOTHER_SIZE))
         segmentation = SEGMENTATION_OF_LARGE if name.endswith("_large") else SEGMENTATION
         for dense_size, preset in (DETECTION, segmentation):
-            runs.append(Run(name, dense_size, preset if name.startswith("dinat_") else None))
-    return [*runs, Run("dinat_large", *MASK2FORMER, kernel_size=11)]
+            is_dilated = name.startswith("dinat_")
+            runs.append(_dilate(name, dense_size, preset) if is_dilated else Run(name, dense_size))
+    return [*runs, _dilate("dinat_large", *MASK2FORMER, kernel_size=11)]
+
+
+def _dilate(model: str, size: tuple[int, int], preset: str, **arguments: int) -> Run:
+    """Give the run of a model with a preset of dilations."""
+    return Run(model, size, (("dilations", preset), *arguments.items()), preset)
+
+
+def list_routing_runs() -> list[Run]:
+    """List what the published results of BiFormer were made with, and one size more.
+
+    Every classifier at the size of its weights, and with the numbers of regions of detection and
+    segmentation.
+    """
+    runs = []
+    for name in list_backbones():
+        if name.startswith("biformer_"):
+            runs.append(Run(name, input_size(name)[1:]))
+            for size, num_regions in ROUTED_SIZES:
+                runs.append(Run(name, size, (("num_regions", num_regions),), f"s{num_regions}"))
+    return runs
 
 
 def list_neighborhood_shapes(
@@ -112,47 +188,94 @@ def list_neighborhood_shapes(
 
     Shapes come in order of the runs, and of the layers within.
     """
-    users: dict[NeighborhoodShape, list[str]] = {}
+
+    def read(layer: NeighborhoodAttention, size: tuple[int, int], dim: int) -> NeighborhoodShape:
+        least = layer.kernel_size * layer.dilation  # to which the layer pads
+        return NeighborhoodShape(
+            (max(size[0], least), max(size[1], least)),
+            layer.num_heads,
+            dim // layer.num_heads,
+            layer.kernel_size,
+            layer.dilation,
+        )
+
+    return _list_shapes(runs, NeighborhoodAttention, read)
+
+
+def list_routing_shapes(runs: Sequence[Run]) -> dict[RoutingShape, tuple[str, ...]]:
+    """List every distinct shape of routing attention, with the names of runs that meet it.
+
+    Shapes come in order of the runs, and of the layers within.
+    """
+
+    def read(layer: RoutingAttention, size: tuple[int, int], dim: int) -> RoutingShape:
+        sides, counts = [], []
+        for length in size:
+            if layer.is_ragged:
+                sides.append(max(1, length // layer.num_regions))
+                counts.append(-(-length // sides[-1]))
+            else:
+                sides.append(-(-length // layer.num_regions))
+                counts.append(layer.num_regions)
+        return RoutingShape(
+            size,
+            layer.num_heads,
+            dim // layer.num_heads,
+            tuple(counts),
+            tuple(sides),
+            min(layer.topk, counts[0] * counts[1]),
+        )
+
+    return _list_shapes(runs, RoutingAttention, read)
+
+
+def _list_shapes(
+    runs: Sequence[Run],
+    layer_class: type[nn.Module],
+    read: Callable[[Any, tuple[int, int], int], Shape],
+) -> dict[Shape, tuple[str, ...]]:
+    """List the shapes that layers of a class meet in models, with the runs that have them.
+
+    Args:
+        runs: the models.
+        layer_class: of the layers, which take maps (B, H, W, C).
+        read: gives the shape of a layer on a map of a size (height, width) and channels.
+    """
+    users: dict[Shape, list[str]] = {}
     for run in runs:
-        for shape in dict.fromkeys(_read_shapes(run)):
+        shapes = [
+            read(layer, tuple(size), dim) for layer, (_, *size, dim) in _list_maps(run, layer_class)
+        ]
+        for shape in dict.fromkeys(shapes):
             users.setdefault(shape, []).append(run.name)
     return {shape: tuple(names) for shape, names in users.items()}
 
 
-@functools.cache
-def _build(model: str, dilations: str | None, kernel_size: int | None) -> nn.Module:
-    """Build a model without memory for its weights, whose layers pass on sizes of maps alone."""
-    changes = dict(dilations=dilations, kernel_size=kernel_size)
-    with torch.device("meta"):
-        built = timm.create_model(model, **{k: v for k, v in changes.items() if v is not None})
-    for layer in built.modules():
-        if isinstance(layer, (NeighborhoodAttention, Mlp, nn.LayerNorm)):
-            layer.forward = lambda x: x
-    return built.eval()
+def _list_maps(run: Run, layer_class: type[nn.Module]) -> list[tuple[nn.Module, torch.Size]]:
+    """List a model's layers of a class in order of execution, with the shapes of their maps."""
+    maps = []
 
+    def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        maps.append((layer, inputs[0].shape))
 
-def _read_shapes(run: Run) -> list[NeighborhoodShape]:
-    """List the shapes of a model's attention layers, in order of execution."""
-    shapes = []
-
-    def read(layer: NeighborhoodAttention, inputs: tuple[torch.Tensor, ...]) -> None:
-        _, height, width, channels = inputs[0].shape
-        least = layer.kernel_size * layer.dilation  # to which the layer pads
-        shapes.append(
-            NeighborhoodShape(
-                (max(height, least), max(width, least)),
-                layer.num_heads,
-                channels // layer.num_heads,
-                layer.kernel_size,
-                layer.dilation,
-            )
-        )
-
-    model = _build(run.model, run.dilations, run.kernel_size)
-    layers = [layer for layer in model.modules() if isinstance(layer, NeighborhoodAttention)]
-    hooks = [layer.register_forward_pre_hook(read) for layer in layers]
+    model = _build(run.model, run.arguments, layer_class)
+    layers = [layer for layer in model.modules() if isinstance(layer, layer_class)]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     with torch.inference_mode():
         model(torch.empty(1, 3, *run.size, device="meta"))
     for hook in hooks:
         hook.remove()
-    return shapes
+    return maps
+
+
+@functools.cache
+def _build(
+    model: str, arguments: tuple[tuple[str, Any], ...], layer_class: type[nn.Module]
+) -> nn.Module:
+    """Build a model without memory for its weights, whose layers pass on sizes of maps alone."""
+    with torch.device("meta"):
+        built = timm.create_model(model, **dict(arguments))
+    for layer in built.modules():
+        if isinstance(layer, (layer_class, Mlp, nn.LayerNorm)):
+            layer.forward = lambda x, *others: x
+    return built.eval()

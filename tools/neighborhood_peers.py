@@ -1,13 +1,10 @@
-"""Neighborhood attention as ``densezoo bench-kernels`` times it: shapes' inputs, peers and costs.
+"""Neighborhood attention as ``densezoo bench-kernels`` times it: inputs, definition and peers.
 
-Every peer computes the same function, bias included, from queries, keys and values that lie as a
-model offers them: views of one qkv product (B, H, W, 3, heads, head_dim), tokens in raster order.
-Whether it does is measured against the definition, which is written out here for a sample of the
-queries, in float64: windows of exactly kernel_size keys along an axis, shifted inside at borders,
-in the query's own dilation group (Hassani et al., arXiv 2204.07143 and 2209.15001).
+The definition has windows of exactly kernel_size keys along an axis, shifted inside at borders, in
+the query's own dilation group (Hassani et al., arXiv 2204.07143 and 2209.15001). Biases are a table
+of relative position biases.
 
-Legend: B images, (H, W) the map, N = H x W tokens, h heads, D channels of a head, K kernel size,
-S sampled queries.
+Legend: as in `operator_cases`; K kernel size.
 """
 
 from __future__ import annotations
@@ -15,148 +12,43 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import neighborhood_attention
 from ..kernels.runtime import which_backend
 from .kernel_shapes import NeighborhoodShape
-
-SAMPLES = 256  # queries that outputs and gradients are checked at
-FLEX_BLOCK = 128  # tokens a side of the blocks that FlexAttention computes or skips
-CPU_FLEX_PAIRS = 10**8  # of query and key; a core takes some 25 ns for one
-
-Forward = Callable[..., Tensor]
-
-
-class DeclinedError(Exception):
-    """A peer cannot compute a case; the message says why."""
+from .operator_cases import (
+    FLEX_BLOCK,
+    AttentionCase,
+    DeclinedError,
+    Forward,
+    attend,
+    compile_flex,
+    make_block_mask,
+    to_heads_first,
+    to_map,
+)
 
 
 @dataclass(frozen=True)
-class NeighborhoodCase:
-    """A shape with its inputs.
+class NeighborhoodCase(AttentionCase):
+    """A shape of neighborhood attention with its inputs."""
 
-    Attributes:
-        shape: the map, heads and windows.
-        batch: images.
-        dtype: of all inputs.
-        device: of all inputs.
-        has_bias: whether a table of relative position biases is added.
-        memory_limit: bytes that a peer may need by its estimate.
-        backend: what computes our own, by name; None leaves the choice to the operator.
-    """
+    def make_biases(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Make the table of relative position biases (h, 2K-1, 2K-1)."""
+        side = 2 * self.shape.kernel_size - 1
+        return (torch.randn(self.shape.num_heads, side, side, generator=generator),)
 
-    shape: NeighborhoodShape
-    batch: int
-    dtype: torch.dtype
-    device: torch.device
-    has_bias: bool
-    memory_limit: int
-    backend: str | None = None
-
-    @cached_property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """Query, key and value (B, H, W, h, D), and the table (h, 2K-1, 2K-1) where it has one."""
-        shape = self.shape
-        generator = torch.Generator().manual_seed(0)
-        qkv = torch.randn(
-            self.batch, *shape.size, 3, shape.num_heads, shape.head_dim, generator=generator
-        )
-        inputs = qkv.to(self.device, self.dtype).unbind(3)
-        if not self.has_bias:
-            return inputs
-        side = 2 * shape.kernel_size - 1
-        table = torch.randn(shape.num_heads, side, side, generator=generator)
-        return *inputs, table.to(self.device, self.dtype)
-
-    @cached_property
-    def grad_out(self) -> Tensor:
-        """The gradient that backward passes start from, like the query."""
-        generator = torch.Generator().manual_seed(1)
-        noise = torch.randn(self.inputs[0].shape, generator=generator)
-        return noise.to(self.device, self.dtype)
-
-    def count_flops(self, is_training: bool) -> int:
-        """Count FLOPs: two products forward, four backward, nothing computed twice."""
-        return self.shape.count_macs(self.batch) * (6 if is_training else 2)
-
-    def count_bytes(self, is_training: bool) -> int:
-        """Count the bytes that have to be moved: each input once, each result once.
-
-        Forward, that is q, k, v, the table and the output. Backward reads them and the output's
-        gradient, and writes four gradients; the logarithms of the softmax's denominators, in
-        float32, are written and read once.
-        """
-        tokens = self.inputs[0].nbytes
-        table = self.inputs[3].nbytes if self.has_bias else 0
-        forward = 4 * tokens + table
-        if not is_training:
-            return forward
-        denominators = 4 * self.inputs[0].numel() // self.shape.head_dim
-        return forward + 8 * tokens + 2 * table + 2 * denominators
-
-    def measure_error(self, forward: Forward, is_training: bool) -> float:
-        """Measure how far a peer is from the definition, at sampled queries of the last image.
-
-        Args:
-            forward: takes the inputs, returns (B, H, W, h, D).
-            is_training: measure the gradients of all inputs too, with an output gradient that is
-                zero but for the sampled queries.
-
-        Returns:
-            The largest difference, as a share of the largest magnitude, of output and gradients;
-            NaN where the peer gives one.
-        """
-        queries, *exact = self._exact
-        if not is_training:
-            with torch.inference_mode():
-                found = [forward(*self.inputs)]
-        else:
-            leaves = [x.detach().requires_grad_() for x in self.inputs]
-            out = forward(*leaves)
-            grad_out = torch.zeros_like(self.grad_out)
-            grad_out[-1].flatten(0, 1)[queries] = self.grad_out[-1].flatten(0, 1)[queries]
-            grads = torch.autograd.grad(out, leaves, grad_out)
-            found = [out.detach(), *(grad[-1:] for grad in grads[:3]), *grads[3:]]
-        found[0] = found[0][-1].flatten(0, 1)[queries]
-        errors = [
-            (a.double() - b).abs().max() / b.abs().max()
-            for a, b in zip(found, exact, strict=False)  # without gradients in inference
-        ]
-        return torch.stack(errors).max().item()  # torch's max hands a NaN on
-
-    @cached_property
-    def _exact(self) -> tuple[Tensor, ...]:
-        """Sampled queries (S,), their outputs (S, h, D) and the gradients of all inputs."""
-        shape = self.shape
-        num_tokens = shape.num_tokens
-        order = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(2))
-        corners = torch.tensor([0, shape.size[1] - 1, num_tokens - shape.size[1], num_tokens - 1])
-        queries = torch.cat([corners, order])[:SAMPLES].unique().to(self.device)
-        keys_at, offsets = (x.to(self.device)[queries] for x in _tabulate(shape))
-        leaves = [x.double() for x in self.inputs]
-        leaves = [x[-1:] for x in leaves[:3]] + leaves[3:]
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        q, k, v = (x[0].flatten(0, 1) for x in leaves[:3])  # (N, h, D)
-        logits = torch.einsum("shd,skhd->hsk", q[queries] * shape.head_dim**-0.5, k[keys_at])
-        if self.has_bias:
-            logits = logits + leaves[3].flatten(1)[:, offsets]
-        out = torch.einsum("hsk,skhd->shd", logits.softmax(-1), v[keys_at])
-        grad_out = self.grad_out[-1].flatten(0, 1)[queries].double()
-        return queries, out.detach(), *torch.autograd.grad(out, leaves, grad_out)
-
-    def check_memory(self, needed: int, what: str) -> None:
-        """Decline where a peer is estimated to need more than the limit."""
-        if needed > self.memory_limit:
-            raise DeclinedError(
-                f"{what} would take {needed / 2**30:.1f} GiB, the limit is "
-                f"{self.memory_limit / 2**30:g}"
-            )
+    def attend_exactly(self, queries: Tensor, *inputs: Tensor) -> Tensor:
+        """Attend to the keys of each query's window."""
+        q, k, v = (x[0].flatten(0, 1) for x in inputs[:3])  # (N, h, D)
+        keys_at, offsets = (x.to(queries.device)[queries] for x in _tabulate(self.shape))
+        bias = inputs[3].flatten(1)[:, offsets] if self.has_bias else None
+        return attend(q[queries], k[keys_at], v[keys_at], self.shape.head_dim**-0.5, bias)
 
 
 def window_keys(length: int, kernel_size: int, dilation: int) -> Tensor:
@@ -182,16 +74,6 @@ def _tabulate(shape: NeighborhoodShape) -> tuple[Tensor, Tensor]:
     )
     offsets = down[:, None, :, None] * (2 * kernel_size - 1) + right[None, :, None, :]
     return keys_at.reshape(shape.num_tokens, -1), offsets.reshape(shape.num_tokens, -1)
-
-
-def _to_heads_first(tokens: Tensor) -> Tensor:
-    """View (B, H, W, h, D) as (B, h, N, D)."""
-    return tokens.flatten(1, 2).transpose(1, 2)
-
-
-def _to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """View (B, h, N, D) as (B, H, W, h, D)."""
-    return tokens.transpose(1, 2).unflatten(1, size)
 
 
 def make_ours(case: NeighborhoodCase, is_training: bool) -> Forward:
@@ -279,49 +161,30 @@ def make_score_mod(shape: NeighborhoodShape, table: Tensor) -> Callable[..., Ten
     return score_mod
 
 
-def make_block_mask(shape: NeighborhoodShape, device: torch.device) -> BlockMask:
+def make_window_blocks(shape: NeighborhoodShape, device: torch.device) -> BlockMask:
     """Make FlexAttention's block mask from lists of keys, not from all N x N pairs."""
     num_tokens = shape.num_tokens
     keys_at = _tabulate(shape)[0]
     num_blocks = -(-num_tokens // FLEX_BLOCK)
     query_blocks = torch.arange(num_tokens)[:, None] // FLEX_BLOCK
     pairs = query_blocks * num_blocks + keys_at // FLEX_BLOCK
-    seen = torch.bincount(pairs.flatten(), minlength=num_blocks**2).view(num_blocks, num_blocks)
-    is_full = seen == FLEX_BLOCK**2
-    counts_and_indices = []
-    for is_listed in ((seen > 0) & ~is_full, is_full):
-        order = is_listed.int().argsort(dim=1, descending=True, stable=True)
-        for x in (is_listed.sum(1), order):
-            counts_and_indices.append(x[None, None].int().contiguous().to(device))
-    return BlockMask.from_kv_blocks(
-        *counts_and_indices,
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=make_mask_mod(shape),
-        seq_lengths=(num_tokens, num_tokens),
-    )
+    seen = torch.bincount(pairs.flatten(), minlength=num_blocks**2).view(1, num_blocks, num_blocks)
+    return make_block_mask(seen, make_mask_mod(shape), (num_tokens, num_tokens), device)
 
 
 def make_flex(case: NeighborhoodCase, is_training: bool) -> Forward:
     """FlexAttention, compiled for the shape."""
-    if is_training and case.device.type == "cpu":
-        raise DeclinedError("FlexAttention has no backward pass on the CPU")
+    case.check_flex(is_training)
     shape = case.shape
-    block_mask = make_block_mask(shape, case.device)
-    num_blocks = int(block_mask.kv_num_blocks.sum() + block_mask.full_kv_num_blocks.sum())
-    num_pairs = case.batch * shape.num_heads * num_blocks * FLEX_BLOCK**2
-    if case.device.type == "cpu" and num_pairs > CPU_FLEX_PAIRS:
-        raise DeclinedError(
-            f"it would score {num_pairs:.0e} pairs, over {CPU_FLEX_PAIRS:.0e} takes too long"
-        )
-    torch.compiler.reset()  # the compiler serves a function a limited number of times
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    block_mask = make_window_blocks(shape, case.device)
+    compiled = compile_flex(case, block_mask)
 
     def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         # In float32, as scores are: the table's gradient is a long sum.
         score_mod = None if bias is None else make_score_mod(shape, bias.float())
-        q, k, v = (_to_heads_first(x) for x in (query, key, value))
+        q, k, v = (to_heads_first(x) for x in (query, key, value))
         out = compiled(q, k, v, score_mod=score_mod, block_mask=block_mask)
-        return _to_map(out, shape.size)
+        return to_map(out, shape.size)
 
     return forward
 
@@ -354,9 +217,9 @@ def make_sdpa(case: NeighborhoodCase, is_training: bool) -> Forward:
     ready = None if is_training and case.has_bias else make_mask(table)
 
     def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, k, v = (_to_heads_first(x) for x in (query, key, value))
+        q, k, v = (to_heads_first(x) for x in (query, key, value))
         mask = make_mask(bias) if ready is None else ready
-        return _to_map(F.scaled_dot_product_attention(q, k, v, mask), shape.size)
+        return to_map(F.scaled_dot_product_attention(q, k, v, mask), shape.size)
 
     return forward
 

@@ -1,6 +1,8 @@
 """The benchmark's rows and refusals; times themselves are never asserted."""
 
 import csv
+import dataclasses
+import json
 import platform
 import shlex
 
@@ -91,6 +93,47 @@ def test_training_steps_of_stage_maps_in_bfloat16_are_timed(tmp_path, capfd):
     assert "x-resnet50" in capfd.readouterr().out
 
 
+def test_a_transcription_is_timed_beside_its_model_with_what_attention_saves(
+    tmp_path, capfd, monkeypatch
+):
+    # As on systems that do not tell: other tests measure it, in a process a model.
+    monkeypatch.setattr(bench_throughput, "_measure_growth_in_child", lambda *args: None)
+    argv = "bench biformer_tiny --train --vs transcription:biformer_tiny --device cpu --size 33 65"
+    argv += " --model-kwargs num_regions=2 topk=1,2,4 depths=(1,1,1,1)"
+    assert main([*argv.split(), "--out", str(tmp_path / "rows.csv")]) == 0
+    ours, theirs, yardstick = read_rows(tmp_path / "rows.csv")
+    assert [row["model"] for row in (ours, theirs, yardstick)] == [
+        "biformer_tiny",
+        "transcription:biformer_tiny",
+        "resnet50",
+    ]
+    assert ours["params"] == theirs["params"]
+    assert ours["model_kwargs"] == theirs["model_kwargs"] != yardstick["model_kwargs"] == ""
+    assert [row["x_model"] == "" for row in (ours, theirs, yardstick)] == [True, False, True]
+    assert 0 < float(ours["saved_mib"]) < float(theirs["saved_mib"])
+    assert all(float(row["peak_mib"]) > float(row["saved_mib"]) for row in (ours, theirs))
+    assert yardstick["saved_mib"] == yardstick["memory_mib"] == ""
+    assert "transcription:biformer_tiny takes " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_a_transcription_with_other_outputs_than_its_model_is_refused(features_only, monkeypatch):
+    setup = bench_throughput.Setup(features_only=features_only)
+    arguments = (("depths", (1, 1, 1, 1)),)
+    subject = Subject("biformer_tiny", arguments=arguments, is_transcription=True)
+    bench_throughput.check_transcription(subject, (64, 96), setup)
+    transcribe = bench_throughput.biformer_transcription.transcribe
+
+    def transcribe_wrongly(*args):
+        model = transcribe(*args)
+        model.stages[3][0].attn.scale *= 1.01
+        return model
+
+    monkeypatch.setattr(bench_throughput.biformer_transcription, "transcribe", transcribe_wrongly)
+    with pytest.raises(RuntimeError, match="differ by"):
+        bench_throughput.check_transcription(subject, (64, 96), setup)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_on_a_gpu_is_the_peak_of_the_allocator_and_holds_the_weights(tmp_path):
@@ -137,6 +180,37 @@ def test_the_yardstick_is_timed_once_and_peers_follow_the_models():
         Subject("nat_mini", backend="reference"),
         Subject("nat_mini", backend="cpu"),
     ]
+    kwargs = dict(num_regions=16)
+    arguments = (("num_regions", 16),)
+    assert list_subjects(
+        ["biformer_tiny", "resnet18"], peers=["transcription:biformer_small"], model_kwargs=kwargs
+    ) == [
+        Subject("biformer_tiny", arguments=arguments),
+        Subject("resnet18"),
+        Subject("biformer_small", arguments=arguments, is_transcription=True),
+        Subject("resnet50"),
+    ]
+
+
+def test_arguments_of_models_are_read_as_numbers_tuples_or_texts():
+    words = ["num_regions=16", "depths=[1,2]", "topk=1,4,16", "dilations=coco", "scale=1e-2"]
+    assert bench_throughput.read_model_kwargs(words) == {
+        "num_regions": 16,
+        "depths": (1, 2),
+        "topk": (1, 4, 16),
+        "dilations": "coco",
+        "scale": 0.01,
+    }
+
+
+def test_a_subject_reaches_the_process_that_measures_its_memory_as_it_is():
+    arguments = (("num_regions", 16), ("topk", (1, 4, 16)))
+    for subject in (
+        Subject("biformer_tiny", backend="cpu", arguments=arguments),
+        Subject("biformer_tiny", arguments=arguments, is_transcription=True),
+    ):
+        fields = json.loads(json.dumps(dataclasses.asdict(subject)))
+        assert bench_throughput._read_subject(fields) == subject
 
 
 def test_a_model_is_run_on_the_backend_of_its_subject():
@@ -158,6 +232,9 @@ def test_a_model_is_run_on_the_backend_of_its_subject():
         ("resnet18 --backends cpu", "--backends takes models of densezoo"),
         ("cas_vit_xs --backends fast", "--backends is 'fast': one of triton, cpu, reference"),
         ("cas_vit_xs --fuse --train", "--fuse is for inference"),
+        ("cas_vit_xs --vs transcription:cas_vit_xs", "transcription:NAME for biformer_tiny, "),
+        ("resnet18 --model-kwargs depths=1", "--model-kwargs takes models of densezoo"),
+        ("biformer_tiny --model-kwargs num_regions", "--model-kwargs takes KEY=VALUE"),
         ("cas_vit_xs --size 0 32", "the size is 0 32"),
         ("cas_vit_xs --batch 0", "batch is 0"),
         ("cas_vit_xs --threads 0", "threads is 0"),
@@ -182,6 +259,14 @@ def test_a_model_that_cannot_run_so_is_named_and_leaves_no_file(tmp_path, capfd)
     argv = "bench cas_vit_xs --device cpu --train --size 32 32 --out".split()
     assert main([*argv, str(path)]) == 1
     assert "cas_vit_xs does not run at batch 1, 32x32 pixels" in capfd.readouterr().err
+    assert not path.exists()
+
+
+def test_arguments_that_a_model_has_not_are_named_and_leave_no_file(tmp_path, capfd):
+    path = tmp_path / "rows.csv"
+    argv = ["bench", "cas_vit_xs", "--model-kwargs", "num_regions=16", "--out", str(path)]
+    assert main(argv) == 1
+    assert "cas_vit_xs cannot be built with num_regions=16" in capfd.readouterr().err
     assert not path.exists()
 
 

@@ -17,19 +17,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densezoo.backbones import list_backbones
 from densezoo.kernels import neighborhood_attention
-from densezoo.tools import bench_kernels, neighborhood_peers
+from densezoo.tools import bench_kernels, neighborhood_peers, routing_peers
 from densezoo.tools.bench_kernels import OPERATORS, OURS, Ceilings, Plan, measure, select_shapes
 from densezoo.tools.bench_throughput import Setup
 from densezoo.tools.cli import build_parser, main
 from densezoo.tools.kernel_shapes import (
     NeighborhoodShape,
+    RoutingShape,
     list_neighborhood_runs,
     list_neighborhood_shapes,
 )
 from densezoo.tools.neighborhood_peers import NeighborhoodCase, window_keys
+from densezoo.tools.operator_cases import SAMPLES, DeclinedError
+from densezoo.tools.routing_peers import RoutingCase
+from densezoo.tools.step_memory import measure_peak
 
 CASES = Path(__file__).parents[1] / "data" / "parity" / "ops" / "na2d.json"
 NAME = "neighborhood_attention"
+ROUTING = "routing_attention"
 CEILINGS = Ceilings(flops=1e11, bytes=1e10)
 
 # Maps that are not square, dilations that don't divide them, an axis of two blocks and a bit.
@@ -46,13 +51,30 @@ ODD_SHAPES = [
 ]
 
 
+# Regions that divide the map and that reach beyond it, wholly padded ones among them.
+ROUTED_SHAPES = [
+    RoutingShape(size, 2, 16, num_regions, region_size, topk)
+    for size, num_regions, region_size, topk in [
+        ((8, 12), (4, 4), (2, 3), 2),
+        ((13, 10), (4, 4), (4, 3), 16),
+        ((9, 21), (4, 4), (3, 6), 3),
+        ((9, 8), (4, 4), (3, 2), 3),
+        ((13, 11), (5, 6), (3, 2), 4),
+    ]
+]
+
+
 def named(shapes):
     return pytest.mark.parametrize("shape", shapes, ids=lambda shape: shape.name)
 
 
 def make_case(shape, *, batch=2, dtype=torch.float32, has_bias=True, memory_limit=2**30, **kwargs):
-    device = torch.device("cpu")
-    return NeighborhoodCase(shape, batch, dtype, device, has_bias, memory_limit, **kwargs)
+    case = RoutingCase if isinstance(shape, RoutingShape) else NeighborhoodCase
+    return case(shape, batch, dtype, torch.device("cpu"), has_bias, memory_limit, **kwargs)
+
+
+def peers_of(shape):
+    return routing_peers if isinstance(shape, RoutingShape) else neighborhood_peers
 
 
 def list_windows():
@@ -97,46 +119,63 @@ def test_flex_attentions_mask_and_scores_give_the_reference(shape):
         backend="reference",
     )
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
-    block_mask = neighborhood_peers.make_block_mask(shape, case.device)
+    block_mask = neighborhood_peers.make_window_blocks(shape, case.device)
     score_mod = neighborhood_peers.make_score_mod(shape, bias)
     out = flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask)
     out = out.transpose(1, 2).unflatten(1, shape.size)
     assert torch.allclose(out, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@named(ROUTED_SHAPES)
+def test_flex_attention_in_the_order_of_regions_is_the_definition(shape, monkeypatch):
+    monkeypatch.setattr(routing_peers, "compile_flex", lambda case, block_mask: flex_attention)
+    case = make_case(shape, dtype=torch.float64)
+    assert case.measure_error(routing_peers.make_flex(case, False), False) < 1e-12
+
+
 @named([NeighborhoodShape((20, 40), 1, 16, 7, 1), NeighborhoodShape((40, 20), 1, 16, 5, 3),
-        NeighborhoodShape((16, 16), 1, 16, 16, 1)])  # fmt: skip
+        NeighborhoodShape((16, 16), 1, 16, 16, 1), RoutingShape((24, 40), 1, 16, (4, 5), (6, 8), 3),
+        RoutingShape((64, 64), 1, 16, (4, 4), (16, 16), 1)])  # fmt: skip
 def test_block_masks_are_those_that_pytorch_makes_of_all_pairs(shape):
-    block_mask = neighborhood_peers.make_block_mask(shape, torch.device("cpu"))
+    if isinstance(shape, RoutingShape):
+        case = make_case(shape, batch=2)
+        block_mask, mask_mod = (
+            routing_peers.make_region_blocks(case),
+            routing_peers.make_mask_mod(case),
+        )
+        batch = 2
+    else:
+        block_mask = neighborhood_peers.make_window_blocks(shape, torch.device("cpu"))
+        mask_mod, batch = neighborhood_peers.make_mask_mod(shape), None
     count = shape.num_tokens
-    mask_mod = neighborhood_peers.make_mask_mod(shape)
-    wanted = create_block_mask(mask_mod, None, None, count, count, device="cpu")
+    wanted = create_block_mask(mask_mod, batch, None, count, count, device="cpu")
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
         assert torch.equal(getattr(block_mask, name), getattr(wanted, name)), name
     assert block_mask.seq_lengths == wanted.seq_lengths
 
 
-@named(ODD_SHAPES)
+@named(ODD_SHAPES + ROUTED_SHAPES)
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("make", ["make_ours", "make_gather", "make_sdpa"])
 def test_peers_are_the_definition_with_their_gradients(make, shape, has_bias):
     case = make_case(shape, dtype=torch.float64, has_bias=has_bias)
     for is_training in (False, True):
-        forward = getattr(neighborhood_peers, make)(case, is_training)
+        forward = getattr(peers_of(shape), make)(case, is_training)
         assert case.measure_error(forward, is_training) < 1e-12
 
 
 @pytest.mark.slow
-@named(ODD_SHAPES[2:4])
+@named(ODD_SHAPES[2:4] + ROUTED_SHAPES[2:3])
 def test_compiled_flex_attention_is_the_definition(shape):
     case = make_case(shape)
-    assert case.measure_error(neighborhood_peers.make_flex(case, False), False) < 1e-5
+    assert case.measure_error(peers_of(shape).make_flex(case, False), False) < 1e-5
 
 
 def test_large_maps_are_checked_at_their_corners_and_all_over():
     case = make_case(NeighborhoodShape((40, 50), 1, 8, 3, 2))
     queries = case._exact[0]
-    assert len(queries) == neighborhood_peers.SAMPLES
+    assert len(queries) == SAMPLES
     assert {0, 49, 1950, 1999} <= set(queries.tolist())
     assert queries.float().mean() == pytest.approx(1000, rel=0.1)
 
@@ -174,47 +213,59 @@ def test_wrong_peers_are_reported_and_not_timed(monkeypatch):
 
 
 def test_peers_that_need_more_memory_or_have_no_backward_pass_are_declined():
-    case = make_case(NeighborhoodShape((64, 64), 1, 8, 3, 1), memory_limit=2**20)
-    for make in (neighborhood_peers.make_gather, neighborhood_peers.make_sdpa):
-        with pytest.raises(neighborhood_peers.DeclinedError, match="GiB, the limit is"):
-            make(case, False)
-    with pytest.raises(neighborhood_peers.DeclinedError, match="no backward pass on the CPU"):
-        neighborhood_peers.make_flex(case, True)
+    shapes = (
+        NeighborhoodShape((64, 64), 1, 8, 3, 1),
+        RoutingShape((64, 64), 1, 8, (8, 8), (8, 8), 9),
+    )
+    for shape in shapes:
+        case, peers = make_case(shape, memory_limit=2**20), peers_of(shape)
+        for make in (peers.make_gather, peers.make_sdpa):
+            with pytest.raises(DeclinedError, match="GiB, the limit is"):
+                make(case, False)
+        with pytest.raises(DeclinedError, match="no backward pass on the CPU"):
+            peers.make_flex(case, True)
 
 
-def test_flops_are_those_of_pytorchs_counter_and_bytes_those_of_the_tensors():
-    shape = NeighborhoodShape((9, 14), 2, 16, 3, 2)
+def test_memory_that_peers_of_routing_attention_are_said_to_need_is_about_what_they_take():
+    shape = RoutingShape((32, 32), 2, 32, (4, 4), (8, 8), 4)
+    for make in (routing_peers.make_gather, routing_peers.make_sdpa):
+        for is_training in (False, True):
+            case = make_case(shape)
+            step = bench_kernels._make_step(make(case, is_training), case, is_training)
+            step()
+            taken = int(2**20 * measure_peak(step, case.device))
+            make(make_case(shape, memory_limit=2 * taken), is_training)
+            with pytest.raises(DeclinedError, match="GiB, the limit is"):
+                make(make_case(shape, memory_limit=taken // 2), is_training)
+
+
+@pytest.mark.parametrize(
+    ("shape", "biases", "routes"),
+    [
+        (NeighborhoodShape((9, 14), 2, 16, 3, 2), 2 * 5 * 5 * 4, 0),
+        (RoutingShape((9, 14), 2, 16, (4, 4), (3, 4), 3), 2 * 2 * 16 * 4, 2 * 16 * 3 * 8),
+    ],
+    ids=[NAME, ROUTING],
+)
+def test_flops_are_those_of_pytorchs_counter_and_bytes_those_of_the_tensors(shape, biases, routes):
     case = make_case(shape, backend="cpu")
     leaves = [x.detach().requires_grad_() for x in case.inputs]
-    forward = neighborhood_peers.make_ours(case, True)
+    forward = peers_of(shape).make_ours(case, True)
     for is_training in (False, True):
         with FlopCounterMode(display=False) as counter:
             out = forward(*leaves)
             if is_training:
                 torch.autograd.grad(out, leaves, case.grad_out)
         assert case.count_flops(is_training) == counter.get_total_flops()
-    tokens, table = 2 * 9 * 14 * 32 * 4, 2 * 5 * 5 * 4
-    assert case.count_bytes(False) == 4 * tokens + table
-    assert case.count_bytes(True) == 12 * tokens + 3 * table + 2 * (2 * 9 * 14 * 2 * 4)
-
-
-def test_memory_is_the_peak_of_a_step_above_what_was_there():
-    kept = torch.ones(1000, 1000)
-
-    def step():
-        doubled = kept * 2
-        tripled = doubled + kept
-        del doubled
-        return tripled * 0
-
-    memory = bench_kernels.measure_memory(step, torch.device("cpu"))
-    assert memory == pytest.approx(2 * kept.nbytes / 2**20, rel=1e-3)
+    tokens, denominators = 2 * 9 * 14 * 32 * 4, 2 * 9 * 14 * 2 * 4
+    assert case.count_bytes(False) == 4 * tokens + biases + routes
+    assert case.count_bytes(True) == 12 * tokens + 3 * biases + 2 * denominators + 2 * routes
 
 
 @pytest.fixture(scope="module")
 def shapes():
     """All published shapes with their runs."""
-    return select_shapes(NAME, ["all"])
+    return select_shapes([NAME], ["all"])[NAME]
 
 
 def test_every_model_is_there_at_the_size_of_its_weights_and_at_those_of_dense_recipes(shapes):
@@ -293,7 +344,7 @@ def test_maps_that_are_smaller_than_the_windows_are_padded():
 
 
 def test_shapes_are_selected_by_run_and_by_name(shapes):
-    by_run = select_shapes(NAME, ["dinat_isotropic_small@*", "nat_isotropic_small@*"])
+    by_run = select_shapes([NAME], ["dinat_isotropic_small@*", "nat_isotropic_small@*"])[NAME]
     assert {shape.name: names for shape, names in by_run.items()} == {
         "14x14-h12x32-k7-d1": (
             "dinat_isotropic_small@224x224",
@@ -301,9 +352,44 @@ def test_shapes_are_selected_by_run_and_by_name(shapes):
         ),
         "14x14-h12x32-k7-d2": ("dinat_isotropic_small@224x224",),
     }
-    by_name = select_shapes(NAME, ["14x14-h12x32-*"])
+    by_name = select_shapes([NAME], ["14x14-h12x32-*"])[NAME]
     assert {shape.name for shape in by_name} == {shape.name for shape in by_run}
     assert all(names == shapes[shape] for shape, names in by_name.items())
+
+
+# Of each stage: height, width, regions from top to bottom and left to right, a region's tokens.
+ROUTED_STAGES = {
+    "biformer_base@224x224": [(56, 56, 7, 7, 8, 8), (28, 28, 7, 7, 4, 4), (14, 14, 7, 7, 2, 2)],
+    "biformer_base@800x1216:s16": [
+        (200, 304, 16, 16, 13, 19), (100, 152, 16, 16, 7, 10), (50, 76, 16, 16, 4, 5),
+    ],
+    "biformer_stl_nchw@800x1216:s16": [
+        (200, 304, 17, 16, 12, 19), (100, 152, 17, 17, 6, 9), (50, 76, 17, 19, 3, 4),
+    ],
+}  # fmt: skip
+
+
+def test_shapes_of_routing_attention_are_the_stages_of_its_runs_in_both_forms():
+    shapes = select_shapes([ROUTING], list(ROUTED_STAGES))[ROUTING]
+    for run, stages in ROUTED_STAGES.items():
+        wanted = [
+            RoutingShape(tuple(size), heads, 32, tuple(regions), tuple(region_size), topk)
+            for (*size, a, b, c, d), heads, topk in zip(stages, (3, 6, 12), (1, 4, 16), strict=True)
+            for regions, region_size in [((a, b), (c, d))]
+        ]
+        assert [shape for shape, names in shapes.items() if run in names] == wanted
+
+
+def test_operators_are_selected_by_what_is_asked_for():
+    runs = ["dinat_isotropic_small@224x224", "biformer_tiny@224x224"]
+    selected = select_shapes([NAME, ROUTING], runs)
+    assert {key: [shape.name for shape in shapes] for key, shapes in selected.items()} == {
+        NAME: ["14x14-h12x32-k7-d1", "14x14-h12x32-k7-d2"],
+        ROUTING: ["56x56-h2x32-s7-k1", "28x28-h4x32-s7-k4", "14x14-h8x32-s7-k16"],
+    }
+    assert select_shapes([NAME, ROUTING], runs[1:]) == {ROUTING: selected[ROUTING]}
+    default = select_shapes([NAME, ROUTING], [])
+    assert list(default) == [NAME, ROUTING] and default[ROUTING] == selected[ROUTING]
 
 
 def read_rows(path):
@@ -368,29 +454,41 @@ def test_rows_say_machine_versions_and_the_command_that_repeats_them(result):
         assert program == "densezoo" and parse(words) == parse(argv)
 
 
-def test_the_table_and_a_summary_are_printed_in_bfloat16_without_bias_too(capfd):
-    argv = "bench-kernels --shapes 14x14-h12x32-k7-d2 --vs gather --no-bias --dtype bfloat16"
-    assert main([*argv.split(), "--repeats", "3", "--device", "cpu", "--passes", "forward"]) == 0
+def test_tables_and_a_summary_of_operators_are_printed_in_bfloat16_without_bias_too(capfd):
+    shapes = "14x14-h12x32-k7-d2", "14x14-h8x32-s7-k16"
+    argv = f"bench-kernels --shapes {' '.join(shapes)} --vs gather sdpa natten --no-bias"
+    argv += " --dtype bfloat16 --repeats 3 --device cpu --passes forward"
+    assert main(argv.split()) == 0
     lines = capfd.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("shape "))
+    legends = [OPERATORS[name].legend for name in (NAME, ROUTING)]
+    assert lines[start - 1].split(", ") == legends
     assert lines[start].split() == [name for name, _ in bench_kernels.COLUMNS]
-    assert lines[start + 1].split()[:4] == ["14x14-h12x32-k7-d2", "fwd", "ours", "(cpu)"]
-    assert lines[start + 2].split()[:3] == ["14x14-h12x32-k7-d2", "fwd", "gather"]
-    assert lines[start + 3].startswith("forward: gather takes ")
+    assert lines[start + 1].split()[:4] == [shapes[0], "fwd", "ours", "(cpu)"]
+    assert [line.split()[2] for line in lines[start + 2 : start + 5]] == [
+        "gather",
+        "sdpa",
+        "natten",
+    ]
+    assert lines[start + 5].split()[:4] == [shapes[1], "fwd", "ours", "(cpu)"]
+    assert [line.split()[2] for line in lines[start + 6 : start + 8]] == ["gather", "sdpa"]
+    assert [line.split(" takes ")[0] for line in lines[start + 8 :]] == [
+        f"{name}, forward: {peer}" for name in (NAME, ROUTING) for peer in ("gather", "sdpa")
+    ]
 
 
 def test_shapes_are_listed_with_their_runs(capfd):
     assert main("bench-kernels --list --shapes dinat_isotropic_base@*".split()) == 0
     assert capfd.readouterr().out.splitlines() == [
-        "14x14-h24x32-k7-d1      dinat_isotropic_base@224x224",
-        "14x14-h24x32-k7-d2      dinat_isotropic_base@224x224",
+        "14x14-h24x32-k7-d1        dinat_isotropic_base@224x224",
+        "14x14-h24x32-k7-d2        dinat_isotropic_base@224x224",
     ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("neighbourhood_attention", "one of neighborhood_attention is taken"),
+        ("neighbourhood_attention", "one of neighborhood_attention, routing_attention is taken"),
         ("--shapes dinat_mimi@*", "--shapes 'dinat_mimi@*' matches no shape"),
         ("--shapes 56x56-h3x31-k7-d1", "'56x56-h3x31-k7-d1' matches no shape"),
         ("--vs flax", "'flax': one of flex, gather, natten, sdpa is taken"),
