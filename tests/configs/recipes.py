@@ -43,8 +43,8 @@ def rates(cfg, epoch_length, iterations):
     return seen
 
 
-def check_that_rates_follow_timm(ours, length, *, lr, epochs, warmup):
-    """Compare rates by iteration with timm's cosine to 5e-6, warm-up from 1e-6 inside.
+def check_that_rates_follow_timm(ours, length, *, lr, epochs, warmup, lowest=5e-6):
+    """Compare rates by iteration with timm's cosine to `lowest`, warm-up from 1e-6 inside.
 
     Args:
         ours: what `rates` gave; epochs after the last are not looked at.
@@ -55,7 +55,7 @@ def check_that_rates_follow_timm(ours, length, *, lr, epochs, warmup):
     """
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr)
     timm_scheduler = CosineLRScheduler(
-        optimizer, t_initial=epochs * length, lr_min=5e-6, t_in_epochs=False,
+        optimizer, t_initial=epochs * length, lr_min=lowest, t_in_epochs=False,
         warmup_t=warmup * length, warmup_lr_init=1e-6,
     )  # fmt: skip
     for iteration, rate in enumerate(ours[: epochs * length]):
@@ -71,7 +71,8 @@ def check_that_rates_follow_timm(ours, length, *, lr, epochs, warmup):
 
 def decay_by_name(cfg, model):
     """{name of a parameter: weight decay} of a config's optimizer."""
-    wrapper = dict(cfg.optim_wrapper, type="OptimWrapper")
+    wrapper = dict(cfg.optim_wrapper, type="OptimWrapper")  # mixed precision needs a GPU
+    wrapper.pop("loss_scale", None)
     groups = build_optim_wrapper(model, wrapper).optimizer.param_groups
     found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     return {name: found[id(p)] for name, p in model.named_parameters()}

@@ -30,10 +30,16 @@ SMALLEST = [
     "maxvit_tiny_384_8xb16_30e_in1k",
     "dino_faster_vit_0_4scale_1x_coco",
     "gc_vit_xxtiny_8xb128_310e_in1k",
+    "biformer_tiny_8xb128_300e_in1k",
+    "fpn_biformer_small_80k_ade20k",
 ]
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in SMALLEST]
-# Of families whose sizes differ in figures that test_window_recipes.py reads, one size is built.
-SIZES = r"maxvit_(small|base|x?large)_|gc_vit_(xtiny|tiny2?|small2?|base|large)_|faster_vit_[1-6]_"
+# Of families whose sizes differ in figures that test_window_recipes.py and test_biformer_recipes.py
+# read, one size is built.
+SIZES = (
+    r"maxvit_(small|base|x?large)_|gc_vit_(xtiny|tiny2?|small2?|base|large)_|faster_vit_[1-6]_"
+    r"|biformer_base_"
+)
 BUILT = [
     pytest.param(name, marks=pytest.mark.slow) if re.search(SIZES, f"{name}_") else name
     for name in NAMES
@@ -98,6 +104,8 @@ def _small_data(name: str, root: Path) -> list[str]:
         if resize[loader]:
             options += [f"{dataset}.pipeline.{resize[loader]}"]
     options += ["train_dataloader.batch_size=4", "param_scheduler=None"]
+    if name == "fpn_biformer_small_80k_ade20k":  # float32, by an option alone
+        options += ["optim_wrapper.type=OptimWrapper"]
     if task == "classification":
         options += ["model.num_classes=10", "model.init_cfg=None"]
     else:
@@ -131,7 +139,7 @@ def _small_data(name: str, root: Path) -> list[str]:
         options += [f"{part}.model_kwargs.depths=(1,1,2,1)"]
     if "gc_vit" in name:  # a local and a global block
         options += [f"{part}.model_kwargs.depths=(2,2,2,2)"]
-    if re.search("maxvit|faster_vit", name):
+    if re.search("maxvit|faster_vit|biformer", name):
         options += [f"{part}.model_kwargs.depths=(1,1,1,1)"]
     if re.match("faster_vit_[3-6]", name):
         options += [f"{part}.model_kwargs.dims=(32,64,128,256)"]
@@ -153,6 +161,7 @@ def test_every_config_builds(name):
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
     cfg.optim_wrapper.type = "OptimWrapper"  # mixed precision needs a GPU
+    cfg.optim_wrapper.pop("loss_scale", None)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert trained == sum(p.numel() for p in model.parameters())

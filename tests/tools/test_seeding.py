@@ -115,6 +115,7 @@ def test_places_of_a_run_have_seeds_of_their_own():
 SAMPLERS = {
     "default": dict(),
     "not_shuffled": dict(sampler=dict(type="DefaultSampler", shuffle=False)),
+    "repeated": dict(sampler=dict(type="RepeatedAugmentationSampler")),
     "endless": dict(sampler=dict(type="InfiniteSampler", shuffle=True)),
     "workers": dict(sampler=dict(type="InfiniteSampler", shuffle=True), num_workers=2),
     "shards": dict(dataset=dict(SHARDS), num_workers=2),

@@ -1,7 +1,7 @@
 """What mmengine's Runner needs beside mmdet's and mmseg's own parts.
 
 Importing it registers, in mmengine's root registries, the classifier on timm's models with its
-data sets and metric, and the optimizer constructor with layer-wise learning-rate decay.
+data sets, sampler and metric, and the optimizer constructor with layer-wise learning-rate decay.
 """
 
 from .accuracy import TopKAccuracy
@@ -16,12 +16,14 @@ from .lazy_parts import (
     self_distillation_hook,
     stop_on_bad_loss_hook,
 )
+from .repeated_augmentation import RepeatedAugmentationSampler
 from .segmentor import dense_segmentor
 
 __all__ = [
     "CpuAmpOptimWrapper",
     "ImageClassifier",
     "LayerDecayOptimWrapperConstructor",
+    "RepeatedAugmentationSampler",
     "RunnerFromConfig",
     "TopKAccuracy",
     "dense_segmentor",

@@ -32,6 +32,9 @@ def build_runner(cfg: Config, task: str) -> DurableRunner:
             would run through different numbers of batches, or a hook lacks what it needs.
     """
     adapt_to_cpu(cfg)
+    if task == "train" and cfg.optim_wrapper.get("type") == "OptimWrapper":
+        # An option turned mixed precision off; what else the config says of it is left out.
+        cfg.optim_wrapper.pop("loss_scale", None)
     fit_stream_loaders(cfg)
     try:
         runner = DurableRunner.from_cfg(cfg)
