@@ -1,6 +1,7 @@
 """The backbones; importing them registers every variant in timm."""
 
 from .base import HierarchicalBackbone
+from .biformer import BiFormer, BiFormerSTL
 from .cas_vit import CASViT
 from .faster_vit import FasterViT
 from .gc_vit import GCViT
@@ -10,6 +11,8 @@ from .nat_isotropic import IsotropicNAT, ViTRPB
 from .registry import list_backbones
 
 __all__ = [
+    "BiFormer",
+    "BiFormerSTL",
     "CASViT",
     "DiNATS",
     "FasterViT",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, trunc_normal_
+from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint, register_notrace_function, register_notrace_module
 from timm.models._features import (
     FeatureDictNet,
@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.arguments import check_flag, check_number, check_whole_number, is_whole_number
 from ..layers.conv import prefers_channels_last
+from ..layers.weight_init import trunc_normal_
 
 _POOL_TYPES = ("avg", "max", "avgmax", "catavgmax")
 
@@ -253,7 +254,7 @@ def init_linear(module: nn.Module) -> None:
     """Initialise linear layers within `module`: truncated normal of std 0.02, zero bias."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
-            trunc_normal_(child.weight, std=0.02)
+            trunc_normal_(child.weight)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
 
@@ -289,6 +290,11 @@ class HierarchicalBackbone(nn.Module):
 
     # Norm of the official dense backbone's outputs ("batch_norm", "layer_norm"), None without.
     dense_norm: str | None = None
+    dense_norm_eps: float = 1e-5
+
+    # Entries of the official files with the weights of the published results, where those are not
+    # the averaged ones that most families publish ("model", say, beside "model_ema").
+    checkpoint_nests: tuple[str, ...] = ()
 
     # Constructor arguments of the official dense backbone that differ from the classifier's;
     # ``features_only=True`` builds with them unless the caller gives others.

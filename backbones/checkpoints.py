@@ -290,18 +290,21 @@ def download_checkpoint(
     return Path(path)
 
 
-def unwrap_nesting(checkpoint: Mapping) -> dict[str, torch.Tensor]:
+def unwrap_nesting(checkpoint: Mapping, first: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """Find the tensors by name within a loaded checkpoint, names as they are.
 
     Args:
         checkpoint: what `read_checkpoint` returned, or a state dict.
+        first: entries to look in before those where files mostly keep the weights
+            (`HierarchicalBackbone.checkpoint_nests`).
 
     Raises:
         ValueError: no tensor by name was found, or one holds NaN.
     """
     state = checkpoint
     while isinstance(state, Mapping) and not any(torch.is_tensor(v) for v in state.values()):
-        nest = next((k for k in _NESTS if isinstance(state.get(k), Mapping) and state[k]), None)
+        nests = (*first, *_NESTS)
+        nest = next((k for k in nests if isinstance(state.get(k), Mapping) and state[k]), None)
         if nest is None:
             nested = [k for k, v in state.items() if isinstance(v, Mapping)]
             if len(nested) != 1:
@@ -400,7 +403,7 @@ def convert_checkpoint(
             an entry's shape is that of another model, or its norms are folded and the model's are
             not.
     """
-    state = strip_prefixes(unwrap_nesting(checkpoint))
+    state = strip_prefixes(unwrap_nesting(checkpoint, model.checkpoint_nests))
     plain = map_keys(state, _FLATTENED_RULES)
     own = model.state_dict()
     trunk = {k for k in own if k.startswith(("stem.", "stages."))}
@@ -421,7 +424,8 @@ def convert_checkpoint(
     ]
     trunk_given = {k for k in mapped if k.startswith(("stem.", "stages."))}
     strange = trunk_given - own.keys() - set(folded)
-    if folded and 2 * len(strange) < len(trunk_given):  # else of another model altogether
+    is_own_stem = not any(k.startswith("stem.") for k in strange)
+    if folded and is_own_stem and 2 * len(strange) < len(trunk_given):  # else of another model
         raise ValueError(
             f"the checkpoint has {folded[0]}, which a model has after fuse() alone: load it into "
             "model.fuse(), or take the checkpoint from before"

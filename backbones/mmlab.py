@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -42,8 +41,7 @@ from .registry import (
 
 _logger = logging.getLogger(__name__)
 
-# timm's LayerNorm has an eps of its own; dense backbones have PyTorch's.
-_OUT_NORMS = {"batch_norm": nn.BatchNorm2d, "layer_norm": partial(LayerNorm2d, eps=1e-5)}
+_OUT_NORMS = {"batch_norm": nn.BatchNorm2d, "layer_norm": LayerNorm2d}
 
 
 def check_init_cfg(init_cfg: object) -> None:
@@ -259,9 +257,9 @@ class DenseBackbone(BaseModule):
     def _make_out_norms(self, out_norms: bool | str) -> nn.ModuleDict:
         """One norm a returned map, under the stage's index."""
         name = out_norms
+        cls = registered.cls if (registered := find_backbone(self.model_name)) else None
         if out_norms is True:
-            registered = find_backbone(self.model_name)
-            name = registered.cls.dense_norm if registered else None
+            name = cls.dense_norm if cls else None
         if not name:
             if out_norms is True:
                 raise ValueError(
@@ -273,9 +271,11 @@ class DenseBackbone(BaseModule):
             raise ValueError(
                 f"out_norms is {out_norms!r}: a bool or one of {list(_OUT_NORMS)} is taken"
             )
+        # timm's LayerNorm has an eps of its own; most dense backbones have PyTorch's.
+        eps = cls.dense_norm_eps if cls else 1e-5
         return nn.ModuleDict(
             {
-                str(i): _OUT_NORMS[name](channels)
+                str(i): _OUT_NORMS[name](channels, eps=eps)
                 for i, channels in zip(self._indices, self.out_channels, strict=True)
             }
         )
@@ -335,8 +335,9 @@ class DenseBackbone(BaseModule):
             FileNotFoundError: there is no such file.
             ValueError: the weights belong to another model.
         """
-        state = strip_prefixes(unwrap_nesting(read_from_anywhere(path)))
         registered = find_backbone(self.model_name)
+        first = registered.cls.checkpoint_nests if registered else ()
+        state = strip_prefixes(unwrap_nesting(read_from_anywhere(path), first))
         norms = {}
         for name in list(state):
             for rules in ((), *(registered.key_rules.values() if registered else ())):

@@ -431,7 +431,7 @@ def _read_weights(registered: Registered, weights: Weights, kwargs: dict[str, An
     if not path and cfg.url and not cfg.hf_hub_id:
         path = download_checkpoint(cfg.url, cache_dir=cache_dir)
     if path:
-        state = unwrap_nesting(read_checkpoint(path))
+        state = unwrap_nesting(read_checkpoint(path), registered.cls.checkpoint_nests)
     elif cfg.hf_hub_filename:
         return
     else:

@@ -7,6 +7,7 @@ Legend: B batch, C channels, H and W height and width. All maps are NCHW; the me
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import nn
@@ -123,6 +124,28 @@ class PointwiseConv(nn.Conv2d):
         return super().extra_repr() + (f", gelu={self.gelu!r}" if self.gelu else "")
 
 
+class Conv(nn.Conv2d):
+    """Convolution that is a matrix product where its weight has more numbers than patches. NCHW.
+
+    oneDNN reorders the weight of a convolution at every call, which on the small maps of late
+    stages takes several times as long as the convolution. A product takes it as it is. In CPU
+    inference, with one group. Arguments are those of PyTorch's layer, padding as numbers, of zeros.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.groups > 1 or not prefers_channels_last(x):
+            return super().forward(x)
+        extents = zip(
+            x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+        )
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in extents]
+        if x[:, 0, 0, 0].numel() * prod(size) >= self.out_channels:
+            return super().forward(x)
+        patches = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
+        y = linear_on_cpu(patches.transpose(1, 2), self.weight.flatten(1), self.bias)
+        return y.unflatten(1, size).permute(0, 3, 1, 2)
+
+
 class SqueezeExcite(nn.Module):
     """Scale each channel by a gate that the mean of every channel decides. NCHW.
 
@@ -188,7 +211,7 @@ class ConvNorm(nn.Module):
         if kernel_size == 1 and stride == 1 and groups == 1:
             self.conv = PointwiseConv(in_chans, out_chans)
         else:
-            self.conv = nn.Conv2d(
+            self.conv = Conv(
                 in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups
             )
         self.norm = nn.BatchNorm2d(out_chans)

@@ -14,13 +14,13 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn import functional as F
 
 from .arguments import check_whole_number
 from .linear import Linear
 from .tracing import is_plain_inference
+from .weight_init import trunc_normal_
 
 # Values of a result above which it is not kept, 4 MiB of float32: attention of so many tokens
 # costs many times what looking up their biases does.
@@ -152,7 +152,7 @@ class RelPosBias(nn.Module):
         self.window_size = tuple(window_size)
         self.table = nn.Parameter(torch.empty(num_heads, *(2 * n - 1 for n in window_size)))
         self._cache = WeightCache(4)
-        trunc_normal_(self.table, std=0.02)
+        trunc_normal_(self.table)
 
     def forward(self, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Give the bias of every pair of tokens.

@@ -22,6 +22,11 @@ def num_windows(length: Length, side: int) -> Length:
     return (length + side - 1) // side
 
 
+def padded_length(length: Length, side: int) -> Length:
+    """Count the tokens of the windows of `side` tokens that cover `length` tokens of an axis."""
+    return num_windows(length, side) * side
+
+
 def pad_axis(
     x: torch.Tensor, axis: int, length: Length, value: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -67,7 +72,7 @@ def pad_to_windows(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         (B, P_r * ceil(H / P_r), P_c * ceil(W / P_c), C); `x` itself where its sides divide.
     """
     for axis, side in enumerate(size, 1):
-        x = pad_axis(x, axis, num_windows(x.shape[axis], side) * side)
+        x = pad_axis(x, axis, padded_length(x.shape[axis], side))
     return x
 
 
@@ -101,7 +106,7 @@ def real_tokens(
     Returns:
         (B * windows, P_r * P_c) bool, in the order of `partition`: True where a token is a map's.
     """
-    padded = [num_windows(n, side) * side for n, side in zip((height, width), size, strict=True)]
+    padded = [padded_length(n, side) for n, side in zip((height, width), size, strict=True)]
     rows, columns = (torch.arange(n, device=device) for n in padded)
     is_real = (rows < height)[:, None] & (columns < width)
     is_real = is_real.flatten().repeat(batch).unflatten(0, (batch, *padded))

@@ -47,3 +47,11 @@ def larger(length: Length, least: int) -> Length:
     if isinstance(length, torch.SymInt) and not torch.compiler.is_dynamo_compiling():
         return torch.sym_max(length, least)
     return max(length, least)
+
+
+def smaller(length: Length, most: Length) -> Length:
+    """Give the smaller of two lengths, without a branch where one is a symbol."""
+    is_symbol = isinstance(length, torch.SymInt) or isinstance(most, torch.SymInt)
+    if is_symbol and not torch.compiler.is_dynamo_compiling():
+        return torch.sym_min(length, most)
+    return min(length, most)

@@ -16,16 +16,14 @@ HOMES = {
     "tokens are regrouped into windows, or back": {
         "layers/window_attention.py: partition",
         "layers/window_attention.py: merge",
+        "layers/conv.py: Conv.forward",  # the patches that a convolution takes
     },
     "positions of whole maps are counted, for an order of their tokens": {
         "layers/window_attention.py: _order_of_windows",
         "layers/window_attention.py: _order_of_map",
     },
     "windows are viewed on a map's memory": {"layers/resolution.py: _windows_of"},
-    "a length is rounded up to a multiple": {
-        "layers/resolution.py: pad_to_windows",
-        "layers/resolution.py: real_tokens",
-    },
+    "a length is rounded up to a multiple": {"layers/resolution.py: padded_length"},
     "positions are subtracted pair by pair": {"layers/rel_pos.py: rel_pos_bias_of_pairs"},
     "coordinates are paired": {"layers/rel_pos.py: _grid"},
     "a tensor is interpolated": {

@@ -179,7 +179,7 @@ def convert(checkpoint: Mapping[str, Any], model: nn.Module) -> Conversion:
             entries are missing, left over or of another shape.
     """
     path, trunk, registered = _find_trunk(model)
-    state = unwrap_nesting(checkpoint)
+    state = unwrap_nesting(checkpoint, registered.cls.checkpoint_nests)
     state = {key.removeprefix("module."): value for key, value in state.items()}
     # Buffers of mmcv's EMAHook: the weights before averaging, in a file with the average.
     unused = [key for key in state if key.startswith("ema_")]

@@ -72,10 +72,21 @@ def isotropic_file(model_name, table):
     return dict(depths=(2,)), state
 
 
+def biformer_stl_file():
+    """That of `biformer_stl_nchw` with linear layers where it has 1x1 convolutions."""
+    case_file, case = CASES["biformer_stl_nchw-classification-224x224-0"]
+    state = {}
+    for key, value in make_checkpoint(case_file, case)["model"].items():
+        key = key.replace(".qkv_linear.", ".qkv.qkv.").replace(".output_linear.", ".wo.")
+        state[key] = value.flatten(1) if value.shape[2:] == (1, 1) else value
+    return {}, {"model": state}
+
+
 # Layouts that no case of outputs has, by the names that their libraries give: the model of each,
 # and what makes its arguments and the file.
 FURTHER_FILES = {
     "nat_mini-transformers": ("nat_mini", transformers_file),
+    "biformer_stl": ("biformer_stl", biformer_stl_file),
     "nat_isotropic_small": (
         "nat_isotropic_small",
         lambda: isotropic_file("nat_isotropic_small", 13),

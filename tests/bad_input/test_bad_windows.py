@@ -22,6 +22,8 @@ SMALL = {
     "nat_mini": dict(depths=(1, 1, 1, 1), dims=(32, 32, 64, 64)),
     "dinat_s_tiny": dict(depths=(1, 1, 1, 1), dims=(32, 32, 64, 64)),
     "cas_vit_xs": dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
+    "biformer_tiny": dict(depths=(1, 1, 1, 1), dims=(32, 32, 64, 64)),
+    "biformer_stl_nchw": dict(depths=(1, 1, 1, 1), dims=(32, 32, 64, 64)),
 }
 WINDOWED = ["maxvit_tiny", "gc_vit_xxtiny", "faster_vit_0"]
 

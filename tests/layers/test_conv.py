@@ -4,10 +4,12 @@ import pytest
 import torch
 from oracles import relative_error
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from densezoo.layers import mlp
 from densezoo.layers.conv import (
+    Conv,
     ConvNorm,
     PointwiseConv,
     SqueezeExcite,
@@ -167,3 +169,31 @@ def test_a_norm_folds_into_every_pointwise_convolution_after_it(bias):
 def test_a_norm_folds_into_no_wider_or_grouped_convolution(conv):
     with pytest.raises(ValueError, match="kernel_size"):
         fold_norm_into_next(nn.BatchNorm2d(4), conv)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kernel_size=3, stride=2, padding=1),
+        dict(kernel_size=(2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 2)),
+        dict(kernel_size=4, stride=4, bias=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(4, 8), (5, 9), (40, 44)], ids=str)
+def test_a_convolution_is_the_same_as_a_product(size, options, memory_format):
+    torch.manual_seed(0)
+    conv = Conv(8, 40, **options)
+    x = torch.randn(2, 8, *size).to(memory_format=memory_format)
+    expected = F.conv2d(
+        x.double(),
+        conv.weight.double(),
+        None if conv.bias is None else conv.bias.double(),
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+    )
+    with torch.no_grad():
+        assert relative_error(conv(x), expected) < 1e-5
+    assert relative_error(conv(x), expected) < 1e-5

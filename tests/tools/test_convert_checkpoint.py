@@ -365,22 +365,43 @@ def test_what_the_maps_of_a_config_do_not_depend_on_is_left_out(cases):
     assert "backbone.out_norms.3.weight" in converted.unused
 
 
-def test_official_detectors_of_another_family_convert(tmp_path):
-    """CAS-ViT's RetinaNet, whose norm of the first map no head takes."""
-    case_file, case = load_cases()["cas_vit_xs-classification-" + _first_size()]
+# RetinaNets, whose norm of the first map no head takes: config and its options, case of the
+# backbone's weights, the classifier's own entries, channels of each norm, entries of a norm.
+RETINANETS = {
+    "cas_vit": (
+        "retinanet_cas_vit_xs_fpn_1x_coco",
+        [],
+        "cas_vit_xs",
+        ("norm.", "head.", "dist_head."),
+        {"norm0": 48, "norm2": 56, "norm4": 112, "norm6": 220},
+        ("weight", "bias", "running_mean", "running_var"),
+    ),
+    "biformer": (
+        "retinanet_biformer_small_fpn_1x_coco",
+        ["model.backbone.model_kwargs.depths=(2,2,8,2)"],
+        "biformer_tiny",
+        ("norm.", "head."),
+        {f"extra_norms.{i}": 64 * 2**i for i in range(4)},
+        ("weight", "bias"),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", RETINANETS)
+def test_official_detectors_of_other_families_convert(family):
+    config, options, variant, of_classifier, norms, entries = RETINANETS[family]
+    case_file, case = next(c for c in load_cases().values() if c[0]["variant"] == variant)
     official = make_checkpoint(case_file, case)["model"]
     body = {
         f"backbone.{key}": value
         for key, value in official.items()
-        if not key.startswith(("norm.", "head.", "dist_head."))
+        if not key.startswith(of_classifier)
     }
-    dims = (48, 56, 112, 220)
-    for i, dim in enumerate(dims):
-        for entry in ("weight", "bias", "running_mean", "running_var"):
-            body[f"backbone.norm{2 * i}.{entry}"] = torch.full((dim,), i + 1.0)
-    cfg = load_config("retinanet_cas_vit_xs_fpn_1x_coco")
-    with DefaultScope.overwrite_default_scope("mmdet"):
+    cfg = load_config(config, [*options, "model.backbone.init_cfg=None"])
+    with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
         model = MODELS.build(cfg.model)
+    for i, (norm, dim) in enumerate(norms.items()):
+        body |= {f"backbone.{norm}.{entry}": torch.full((dim,), i + 1.0) for entry in entries}
     parts = {
         f"{part}.{key}": value
         for part in ("neck", "bbox_head")
@@ -388,12 +409,12 @@ def test_official_detectors_of_another_family_convert(tmp_path):
     }
     converted = convert({"state_dict": body | parts}, model)
     assert {name.split(".")[2] for name in converted.unused} == {"0"}
-    assert converted.state_dict["backbone.out_norms.3.bias"].eq(4).all()
-    model.load_state_dict(converted.state_dict, strict=True)
-
-
-def _first_size():
-    return next(n for n in load_cases() if n.startswith("cas_vit_xs-cl")).split("-", 2)[2]
+    for i in (1, 2, 3):
+        assert converted.state_dict[f"backbone.out_norms.{i}.bias"].eq(i + 1).all()
+    shapes = [
+        {k: v.shape for k, v in d.items()} for d in (converted.state_dict, model.state_dict())
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def hugging_face(state):
