@@ -414,6 +414,8 @@ def convert_checkpoint(
         score = len(trunk & mapped.keys())
         if best is None or score > best[0]:
             best = score, dialect, mapped, notes
+        if score == len(trunk):
+            break  # none fits better, and another may take it for what the model refuses
     score, dialect, mapped, notes = best
     folded = [
         k

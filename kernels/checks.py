@@ -14,12 +14,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
+# Characters of a wrong value that a message repeats.
+_LONGEST = 60
+
 
 def brief(value: object) -> str:
-    """What a message says of a wrong value: a tensor's contents are left out."""
+    """What a message, which is one line, says of a wrong value: long contents are left out."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {shape(value)}"
-    return repr(value)
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape}"
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"a {type(value).__name__}"
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
@@ -40,14 +46,14 @@ def per_axis(name: str, value: Any, num_axes: int) -> tuple[Any, ...]:
         return (value,) * num_axes
     if len(value) != num_axes:
         raise ValueError(
-            f"{name} is {value!r}: one value, or {num_axes} of them, one an axis, is taken"
+            f"{name} is {brief(value)}: one value, or {num_axes} of them, one an axis, is taken"
         )
     return tuple(value)
 
 
 def one_or_all(values: tuple[Any, ...]) -> str:
     """What a message says of one value an axis: one alone where all are equal."""
-    return repr(values[0] if len(set(map(repr, values))) == 1 else values)
+    return brief(values[0] if len(set(map(repr, values))) == 1 else values)
 
 
 def check_whole_numbers(name: str, values: tuple[Any, ...], lowest: int) -> None:

@@ -182,9 +182,12 @@ class RoutingAttention(nn.Module):
         size = pad_query = pad_key = pad_value = None
         if self.is_ragged:
             size = tuple(larger(side // self.num_regions, 1) for side in sides)
-            num_regions = (1, 1)  # or as many more as cover the map
-            rows, columns = map(num_windows, sides, size)
-            topk = smaller(rows * columns, topk)
+            # The larger is the first, and tells exporters the least that it can be.
+            num_regions = tuple(
+                larger(num_windows(side, length), smaller(side, self.num_regions))
+                for side, length in zip(sides, size, strict=True)
+            )
+            topk = smaller(num_regions[0] * num_regions[1], topk)
         elif self._is_padded(sides):
             pad_query, pad_key, pad_value = self._split(self.qkv.bias.to(query.dtype))
         routes = route_regions(

@@ -41,17 +41,26 @@ def is_open(length: Length) -> bool:
     return isinstance(length, torch.SymInt)
 
 
-def larger(length: Length, least: int) -> Length:
+def larger(length: Length, least: Length) -> Length:
     """Give the larger of two lengths, without a branch where one is a symbol."""
     # Dynamo takes max for sym_max, and fails at the latter (torch 2.6) where it is constant.
-    if isinstance(length, torch.SymInt) and not torch.compiler.is_dynamo_compiling():
-        return torch.sym_max(length, least)
-    return max(length, least)
+    if not _is_symbol(length, least):
+        return max(length, least)
+    # What is known of ranges goes in at once; else it would in some of the places alone.
+    if symbolic_shapes.statically_known_true(length >= least):
+        return length
+    return torch.sym_max(length, least)
 
 
 def smaller(length: Length, most: Length) -> Length:
     """Give the smaller of two lengths, without a branch where one is a symbol."""
-    is_symbol = isinstance(length, torch.SymInt) or isinstance(most, torch.SymInt)
-    if is_symbol and not torch.compiler.is_dynamo_compiling():
-        return torch.sym_min(length, most)
-    return min(length, most)
+    if not _is_symbol(length, most):
+        return min(length, most)
+    if symbolic_shapes.statically_known_true(length >= most):
+        return most
+    return torch.sym_min(length, most)
+
+
+def _is_symbol(*lengths: Length) -> bool:
+    is_symbol = any(isinstance(length, torch.SymInt) for length in lengths)
+    return is_symbol and not torch.compiler.is_dynamo_compiling()

@@ -167,7 +167,7 @@ def _whole_chunks(
     starts, ((_, offsets),) = _cut(regions, grid)
     # Those of all chunks at once: 8 bytes for a key are little beside its channels.
     keys_at = starts[routes] + _first_tokens(batch, grid)[:, None, None]
-    keys_at = (keys_at[..., None] + offsets).view(batch * regions.rows, regions.columns, -1)
+    keys_at = (keys_at[..., None] + offsets).reshape(batch * regions.rows, regions.columns, -1)
     num_keys = topk * regions.area
     limit = max(1, CHUNK // (channels * num_keys))
     for rows, columns in _boxes(batch * regions.rows, regions.columns, limit):

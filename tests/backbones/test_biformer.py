@@ -382,6 +382,18 @@ def test_the_two_files_of_one_layout_are_not_taken_for_each_other(name, other, t
             create(saved(tmp_path, checkpoint), name, **SMALL)
 
 
+@pytest.mark.parametrize("name", DESIGNS)
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_what_a_model_saves_it_loads(name, is_ragged, tmp_path):
+    arguments = dict(SMALL, is_ragged=is_ragged)
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments)
+    path = saved(tmp_path, model.state_dict())
+    x = image(40, 56)
+    with torch.no_grad():
+        assert torch.equal(create(path, name, **arguments).eval()(x), model.eval()(x))
+
+
 def test_a_checkpoint_of_another_variant_is_refused_by_name(tmp_path):
     path = saved(tmp_path, {"model": small_state("biformer_tiny")})
     with pytest.raises(ValueError, match="biformer_tiny: .*another variant"):

@@ -17,7 +17,8 @@ from densezoo.kernels import mmcv_ops
 from densezoo.layers.conv import ConvNorm, PointwiseConv, fold_norm_into_next
 from densezoo.layers.mlp import ConvMlp
 from densezoo.tools import demo, list_models
-from densezoo.tools.bench_throughput import Setup, Subject, list_subjects, measure
+from densezoo.tools.bench_setup import Setup
+from densezoo.tools.bench_throughput import Subject, list_subjects, measure
 from densezoo.tools.count_macs import count_macs
 from densezoo.tools.demo_data import make_dataset
 from densezoo.tools.engine import TopKAccuracy, timm_dataset, timm_optimizer

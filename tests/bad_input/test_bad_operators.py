@@ -23,7 +23,7 @@ TABLE = zeros(3, 9, 9)
 # Changes of neighborhood_attention(query, key, value, kernel_size=5), parts of what is said.
 CALLS = {
     "query-none": (dict(query=None), "query is None: a tensor"),
-    "query-array": (dict(query=np.zeros((1, 5))), "query is array", "a tensor"),
+    "query-array": (dict(query=np.zeros((9, 5))), "query is an array of shape (9, 5): a tensor"),
     "query-flat": (dict(query=zeros(2, 9, 12)), "query has shape (2, 9, 12)", "1 to 3 axes"),
     "query-4-axes": (dict(query=zeros(1, 5, 5, 5, 5, 1, 2)), "query has shape", "1 to 3 axes"),
     "query-int": (
@@ -142,6 +142,11 @@ def maps(*names, like):
 ROUTED_CALLS = {
     "query-none": (dict(query=None), "query is None: a tensor"),
     "routes-list": (dict(routes=[[0]]), "routes is [[0]]: a tensor"),
+    "routes-long-list": (dict(routes=ROUTES.tolist()), "routes is a list: a tensor"),
+    "routes-array": (
+        dict(routes=ROUTES.numpy()),
+        "routes is an array of shape (2, 12, 4): a tensor",
+    ),
     "query-4-axes": (
         dict(query=zeros(2, 48, 3, 8)),
         "query has shape (2, 48, 3, 8): (B, H, W, heads, head_dim)",
@@ -179,6 +184,11 @@ ROUTED_CALLS = {
     "regions-bool": (dict(num_regions=True), "num_regions is True", "whole number"),
     "regions-float": (dict(num_regions=3.0), "num_regions is 3.0", "whole number"),
     "regions-none": (dict(num_regions=None), "num_regions is None", "whole number"),
+    "regions-array": (
+        dict(num_regions=np.full((2, 2), 3)),
+        "num_regions is an array of shape (2, 2)",
+        "whole number",
+    ),
     "regions-3": (dict(num_regions=(3, 4, 1)), "num_regions is (3, 4, 1)", "2 of them"),
     "size-0": (dict(region_size=0), "region_size is 0", "at least 1"),
     "size-negative": (dict(region_size=(2, -2)), "region_size is (2, -2)", "at least 1"),
