@@ -26,7 +26,7 @@ import torch
 
 from ..kernels.runtime import BACKENDS
 from . import neighborhood_peers, routing_peers
-from .bench_throughput import DTYPES, Setup, describe_run, limit_threads, new_file
+from .bench_setup import DTYPES, Setup, describe_run, limit_threads, new_file
 from .count_macs import first_line
 from .kernel_shapes import (
     list_neighborhood_runs,

@@ -11,19 +11,14 @@ of the model that it is compared with; it is timed once both are found to give t
 from __future__ import annotations
 
 import argparse
-import ast
-import contextlib
 import csv
-import datetime
-import importlib.metadata
 import json
 import math
-import platform
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +28,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .._version import __version__
 from ..backbones.registry import find_backbone
 from ..kernels.runtime import BACKENDS, check_backend, use_backend
 from . import biformer_transcription
+from .bench_setup import DTYPES, Setup, describe_run, limit_threads, new_file
 from .count_macs import build_model, check_size, count_macs, first_line, input_size
+from .model_arguments import freeze, read_model_arguments
 from .step_memory import measure_peak, measure_saved
 from .tables import format_table
 
@@ -47,11 +43,6 @@ EXAMPLE = (
 )
 
 YARDSTICK = "resnet50"
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 MIN_ROUNDS = 20
 WARMUP = 5  # steps of a model before it is timed; a compiler works in the first
 TURN_MS = 50.0  # a turn is as many steps as take this long
@@ -64,46 +55,6 @@ _CHILD = (
     "import sys; from densezoo.tools.bench_throughput import _print_growth; "
     "_print_growth(sys.argv[1])"
 )
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How models are run.
-
-    Attributes:
-        batch: images a step.
-        dtype: of weights and images, a name of `DTYPES`.
-        device: as torch names it.
-        threads: of PyTorch on the CPU.
-        channels_last: whether weights and images are in channels-last memory.
-        compile: whether models go through `torch.compile`, in one graph.
-        train: forward and backward in training mode, rather than inference.
-        features_only: the stage maps alone, without norm and head.
-    """
-
-    batch: int = 1
-    dtype: str = "float32"
-    device: str = "cpu"
-    threads: int = 1
-    channels_last: bool = False
-    compile: bool = False
-    train: bool = False
-    features_only: bool = False
-
-    def check(self) -> None:
-        """Raise a ValueError for a setup that cannot be run."""
-        for name in ("batch", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is taken")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}: one of {', '.join(DTYPES)} is taken")
-        try:
-            if torch.empty(1, device=self.device).device.type not in ("cpu", "cuda"):
-                raise RuntimeError("cpu and cuda are taken")
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(
-                f"device {self.device!r} cannot be used: {first_line(error)}"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -274,17 +225,6 @@ def measure(
     return rows
 
 
-@contextlib.contextmanager
-def limit_threads(number: int) -> Iterator[None]:
-    """Let PyTorch use `number` threads of the CPU inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _prepare(subject: Subject, size: tuple[int, int], setup: Setup) -> _Runner:
     """Build, count and warm up a model; on a GPU, measure its peak memory too."""
     model = subject.build(size, setup)
@@ -422,13 +362,8 @@ def _print_growth(job: str) -> None:
 
 def _read_subject(fields: dict[str, Any]) -> Subject:
     """Read a subject from what JSON makes of it, whose tuples are lists."""
-    arguments = tuple((name, _freeze(value)) for name, value in fields["arguments"])
+    arguments = tuple((name, freeze(value)) for name, value in fields["arguments"])
     return Subject(**{**fields, "arguments": arguments})
-
-
-def _freeze(value: Any) -> Any:
-    """Turn lists, also those within others, into tuples."""
-    return tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _measure_growth(subject: Subject, size: tuple[int, int], setup: Setup) -> float | None:
@@ -496,72 +431,6 @@ def _make_row(
     )
 
 
-def describe_run(setup: Setup) -> dict[str, Any]:
-    """Describe the setup, the machine and the versions: what every row of a CSV repeats."""
-    device = torch.device(setup.device)
-    return dict(
-        mode="training" if setup.train else "inference",
-        features_only=setup.features_only,
-        batch=setup.batch,
-        dtype=setup.dtype,
-        layout="channels_last" if setup.channels_last else "contiguous",
-        compiled=setup.compile,
-        threads=setup.threads,
-        device=_device_name(device),
-        driver=_driver_version() if device.type == "cuda" else "",
-        torch=torch.__version__,
-        timm=importlib.metadata.version("timm"),
-        triton=_triton_version(),
-        python=platform.python_version(),
-        densezoo=__version__,
-        commit=_commit(),
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _triton_version() -> str:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _run_quietly(*command: str) -> str | None:
-    """Return what a command prints, None where it fails or does not exist."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _driver_version() -> str:
-    query = _run_quietly("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return query.splitlines()[0] if query else ""
-
-
-def _commit() -> str:
-    """Give the commit of the checkout this file is tracked in, "+changes" where it has some."""
-    git = ("git", "-C", str(Path(__file__).parent))
-    if _run_quietly(*git, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return ""
-    commit = _run_quietly(*git, "rev-parse", "--short=12", "HEAD")
-    if commit is None:
-        return ""
-    # Of tracked files: the CSV that is being written is none yet.
-    changes = _run_quietly(*git, "status", "--porcelain", "--untracked-files=no")
-    return commit + ("+changes" if changes else "")
-
-
 def format_rows(rows: Sequence[dict[str, Any]], setup: Setup) -> str:
     """Format rows as text: machine and setup, a table, what its columns are."""
     facts = describe_run(setup)
@@ -609,46 +478,6 @@ def format_rows(rows: Sequence[dict[str, Any]], setup: Setup) -> str:
             *comparisons,
         ]
     )
-
-
-@contextlib.contextmanager
-def new_file(path: str | None) -> Iterator[Any]:
-    """Open a file that must not be there yet, at once; it goes away again if the work fails."""
-    if path is None:
-        yield None
-        return
-    try:
-        file = open(path, "x", newline="", encoding="utf-8")
-    except FileExistsError as error:
-        raise FileExistsError(f"--out {path} is there already: name another file") from error
-    except OSError as error:
-        raise type(error)(
-            f"--out {path} cannot be written ({error.strerror}): name a file in an existing folder"
-        ) from error
-    try:
-        with file:
-            yield file
-    except BaseException:
-        Path(path).unlink()
-        raise
-
-
-def read_model_kwargs(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``KEY=VALUE`` arguments; values are numbers, tuples and the like, or else texts.
-
-    Raises:
-        ValueError: a word is no such argument.
-    """
-    arguments = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"--model-kwargs takes KEY=VALUE, as in num_regions=16, not {word!r}")
-        try:
-            arguments[name] = _freeze(ast.literal_eval(text))
-        except (ValueError, SyntaxError):
-            arguments[name] = text
-    return arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -721,7 +550,7 @@ def run(args: argparse.Namespace) -> None:
         fuse=args.fuse,
         backends=args.backends,
         peers=args.vs or (),
-        model_kwargs=read_model_kwargs(args.model_kwargs),
+        model_kwargs=read_model_arguments(args.model_kwargs),
     )
     sizes = [tuple(size) for size in args.size or [input_size(args.models[0])[1:]]]
     setup = Setup(

@@ -27,7 +27,7 @@ import torch
 
 from ..kernels import triton_launch
 from ..kernels.triton_launch import block_of_channels
-from .bench_throughput import Setup, describe_run, new_file
+from .bench_setup import Setup, describe_run, new_file
 
 # name -> backend, architecture and threads of a warp, as Triton names them.
 TARGETS = {

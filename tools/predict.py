@@ -108,12 +108,12 @@ def run(args: argparse.Namespace) -> None:
     if args.show:
         show_command.run(args, [Path(word) for word in args.words], choose_device(args.device))
         return
+    for name in show_command.OPTIONS:
+        if getattr(args, name) not in (None, []):
+            args.parser.error(f"--{name.replace('_', '-')} goes with --show")
     checkpoint, *images = args.words
     if not images:
         args.parser.error("the following arguments are required: IMAGE")
-    for name in show_command.OPTIONS:
-        if getattr(args, name):
-            args.parser.error(f"--{name.replace('_', '-')} goes with --show")
     device = choose_device(args.device)
     jobs = plan_jobs(
         [Path(image) for image in images],

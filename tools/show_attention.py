@@ -243,17 +243,14 @@ def _attention_row(
 ) -> list[Panel]:
     """Make the panels of an attention, one a query."""
     stride = subject.strides[seen.stage]
-    weights, elsewhere = (
-        (part.mean(1) if head is None else part[:, head]).float().cpu().numpy()
-        for part in (maps.weights, maps.elsewhere)
-    )
+    weights, elsewhere = weights_of_head(maps, head)
     panels = []
     for i, (x, y) in enumerate(fractions):
         caption = f"stage {seen.stage}, block {seen.block}: {kind}\n"
         caption += f"point {i + 1}, largest weight {percent(weights[i].max())}"
-        if elsewhere[i] > 5e-4:
-            beside = "carriers, padding" if "carriers" in kind else "padding"
-            caption += f", {beside} {percent(elsewhere[i])}"
+        caption += note_elsewhere(
+            elsewhere[i], "carriers, padding" if "carriers" in kind else "padding"
+        )
         row, column = seen.points[i]
         panels.append(
             Panel(
@@ -273,7 +270,7 @@ def draw_routing(
 ) -> bytes:
     """Draw which regions each query's region is routed to, as PNG; as `draw_attention` else.
 
-    A region's tint is the share of the query's attention that it gets.
+    A region's tint is the share of the query's attention that its positions on the map get.
     """
     rows, fractions = [], choice.fractions(image)
     modules = find_modules(subject, choice, "routed_regions")
@@ -281,12 +278,12 @@ def draw_routing(
         routed = seen.answers["routed_regions"]
         (maps,) = seen.answers["attention_maps"].values()
         check_head(choice, maps, seen, subject)
-        weights = maps.weights.mean(1) if choice.head is None else maps.weights[:, choice.head]
+        weights, elsewhere = weights_of_head(maps, choice.head)
         stride = subject.strides[seen.stage]
         height, width = (stride * side for side in routed.size)
         row = []
         for i, (x, y) in enumerate(fractions):
-            shares = sum_regions(weights[i].float().cpu().numpy(), routed.grid, routed.size)
+            shares = sum_regions(weights[i], routed.grid, routed.size)
             others = [divmod(int(route), routed.grid[1]) for route in routed.routes[i]]
             own = divmod(int(routed.regions[i]), routed.grid[1])
             tinted = np.zeros_like(shares)
@@ -298,7 +295,8 @@ def draw_routing(
                     (height, width),
                     f"stage {seen.stage}, block {seen.block}: {len(set(others))} of "
                     f"{routed.grid[0]}x{routed.grid[1]} regions\n"
-                    f"point {i + 1}, largest share {percent(tinted.max())}",
+                    f"point {i + 1}, largest share {percent(tinted.max())}"
+                    + note_elsewhere(elsewhere[i], "padding"),
                     point=(x * resized.width, y * resized.height),
                     own=[box(*own, height, width)],
                     others=[box(*place, height, width) for place in others],
@@ -309,6 +307,23 @@ def draw_routing(
     title = f"Regions that {subject.title} routes to\n{name} at {height}x{width}, {subject.weights}"
     bar = "share of the point's attention, relative to the largest in the panel"
     return draw_panels(image, size, rows, title, bar)
+
+
+def weights_of_head(maps: AttentionMaps, head: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Give the weights (P, rows, columns) of a head, or the mean of all, and those elsewhere (P,).
+
+    P queries.
+    """
+    weights, elsewhere = (
+        (part.mean(1) if head is None else part[:, head]).float().cpu().numpy()
+        for part in (maps.weights, maps.elsewhere)
+    )
+    return weights, elsewhere
+
+
+def note_elsewhere(share: float, what: str) -> str:
+    """Say in a caption what has no place on the map, where that has some weight."""
+    return f", {what} {percent(share)}" if share > 5e-4 else ""
 
 
 def sum_regions(weights: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

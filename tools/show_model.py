@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..backbones.base import HierarchicalBackbone
 from ..backbones.checkpoints import read_checkpoint
 from ..backbones.registry import check_model_name, create_with_weights, find_backbone
 from .count_macs import first_line
+from .model_arguments import read_model_arguments
 from .read_images import UnusableImage
 
 _SEED = 0  # of random weights
@@ -80,15 +80,16 @@ class Subject:
         Args:
             width, height: of the image, pixels.
             size: its height and width then, or its shorter side (the other one in proportion), or
-                None for the shorter side of the images that the weights are made for.
+                None for the shorter side of the images that the weights are made for. A model
+                that takes one size alone gets that, whatever the proportions.
 
         Raises:
             UnusableImage: the image is too narrow for that.
         """
+        if self.is_fixed:
+            return self.size
         if size is not None and len(size) == 2:
             return tuple(size)
-        if size is None and self.is_fixed:
-            return self.size
         short = min(self.size) if size is None else size[0]
         if short**2 * max(width, height) / min(width, height) > _MAX_PIXELS:
             raise UnusableImage(
@@ -183,7 +184,7 @@ def _resolve(
         raise ValueError(
             f"--cfg-options changes a config, and {name} is a model: use --model-kwargs"
         )
-    return name, parse_arguments(model_kwargs), None
+    return name, read_model_arguments(model_kwargs), None
 
 
 def _is_config(name: str) -> bool:
@@ -221,23 +222,3 @@ def _read_config(
     if "mean" in preprocessor:
         statistics = {key: [v / 255 for v in preprocessor[key]] for key in ("mean", "std")}
     return backbone["model_name"], arguments, statistics
-
-
-def parse_arguments(words: Sequence[str]) -> Mapping[str, Any]:
-    """Read ``KEY=VALUE`` arguments: values are Python's literals, or text.
-
-    Raises:
-        ValueError: one is not of that form, or is given twice.
-    """
-    arguments: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"--model-kwargs takes KEY=VALUE, as in num_regions=16, not {word!r}")
-        if key in arguments:
-            raise ValueError(f"--model-kwargs has {key} twice")
-        try:
-            arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            arguments[key] = value
-    return arguments

@@ -192,17 +192,6 @@ def test_the_yardstick_is_timed_once_and_peers_follow_the_models():
     ]
 
 
-def test_arguments_of_models_are_read_as_numbers_tuples_or_texts():
-    words = ["num_regions=16", "depths=[1,2]", "topk=1,4,16", "dilations=coco", "scale=1e-2"]
-    assert bench_throughput.read_model_kwargs(words) == {
-        "num_regions": 16,
-        "depths": (1, 2),
-        "topk": (1, 4, 16),
-        "dilations": "coco",
-        "scale": 0.01,
-    }
-
-
 def test_a_subject_reaches_the_process_that_measures_its_memory_as_it_is():
     arguments = (("num_regions", 16), ("topk", (1, 4, 16)))
     for subject in (

@@ -19,7 +19,7 @@ from densezoo.backbones import list_backbones
 from densezoo.kernels import neighborhood_attention
 from densezoo.tools import bench_kernels, neighborhood_peers, routing_peers
 from densezoo.tools.bench_kernels import OPERATORS, OURS, Ceilings, Plan, measure, select_shapes
-from densezoo.tools.bench_throughput import Setup
+from densezoo.tools.bench_setup import Setup
 from densezoo.tools.cli import build_parser, main
 from densezoo.tools.kernel_shapes import (
     NeighborhoodShape,

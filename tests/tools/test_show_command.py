@@ -108,7 +108,7 @@ def test_a_mistake_is_one_line_before_any_work(words, code, message, photos, mon
     assert not (photos / "predictions").exists()
 
 
-@pytest.mark.parametrize("words", ["--block 3", "--weights w.pth", "--points 0.5,0.5"])
+@pytest.mark.parametrize("words", ["--block 0", "--weights w.pth", "--points 0.5,0.5"])
 def test_options_of_show_are_refused_without_it(words, capsys):
     with pytest.raises(SystemExit):
         main(["predict", "config", "c.pth", "a.jpg", *words.split()])

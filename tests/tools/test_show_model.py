@@ -8,7 +8,7 @@ from PIL import Image
 
 from densezoo.backbones.registry import find_backbone
 from densezoo.tools.read_images import UnusableImage
-from densezoo.tools.show_model import build_subject, parse_arguments
+from densezoo.tools.show_model import build_subject
 
 SMALL = ["depths=(1,1,1,1)", "num_classes=3"]
 CONFIG = "retinanet_cas_vit_xs_fpn_1x_coco"
@@ -75,22 +75,10 @@ def test_images_are_normalised_and_keep_their_proportions():
 
 def test_models_of_one_size_keep_it():
     subject = build_subject("vitrpb_small", model_kwargs=["depths=(1,)", "img_size=64"])
-    assert subject.resized(640, 427, None) == (64, 64)
     subject.check_size([64])
+    assert subject.resized(640, 427, None) == subject.resized(640, 427, [64]) == (64, 64)
     with pytest.raises(ValueError, match="images of 64x64 pixels alone: leave --size out"):
         subject.check_size([32, 64])
-
-
-def test_arguments_are_literals_or_text():
-    words = ["depths=(1,2)", "name=coco", "rate=0.5", "flag=True"]
-    assert parse_arguments(words) == dict(depths=(1, 2), name="coco", rate=0.5, flag=True)
-    for words, message in (
-        (["depths"], "KEY=VALUE"),
-        (["a.b=1"], "KEY=VALUE"),
-        (["a=1", "a=2"], "has a twice"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            parse_arguments(words)
 
 
 @pytest.mark.parametrize(
