@@ -30,11 +30,20 @@ def test_the_lines_on_windows_run():
 
 
 def test_the_lines_on_neighborhood_attention_run(capsys):
-    (block,) = [b for b in BLOCKS if "which_backend" in b]
+    (block,) = [b for b in BLOCKS if "neighborhood_attention" in b]
     variables = {}
     exec(block, variables)
     assert "backend='cpu'" in capsys.readouterr().out
     assert variables["out"].shape == (1, 56, 56, 2, 32) and variables["lse"].shape == (1, 56, 56, 2)
+
+
+def test_the_lines_on_routing_attention_run(capsys):
+    (block,) = [b for b in BLOCKS if "routing_attention" in b]
+    variables = {}
+    exec(block, variables)
+    assert "backend='cpu'" in capsys.readouterr().out
+    assert variables["routes"].shape == (1, 256, 16)
+    assert variables["out"].shape == (1, 50, 76, 8, 32)
 
 
 @pytest.mark.parametrize("scope, base", [("mmdet", "mask_rcnn"), ("mmseg", "sem_fpn")])
