@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from timm_suite import NAMES, names_to_test
+from timm_suite import NAMES, OF_THREE_MAPS, has_three_maps, names_to_test
 
 from densezoo.backbones.registry import BACKBONES
 
@@ -29,4 +29,5 @@ def test_timms_own_tests_pass_on_every_name(family):
     summary = done.stdout.splitlines()[-1]
     passed = int(re.search(r"(\d+) passed", summary)[1])
     # forward, backward, configuration, features, intermediates twice, FX twice; newer timm: pruning
-    assert passed >= 8 * len(names), summary
+    left_out = len(OF_THREE_MAPS) * sum(not has_three_maps(name) for name in names)
+    assert passed >= 8 * len(names) - left_out, summary
