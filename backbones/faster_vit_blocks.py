@@ -21,8 +21,9 @@ from ..layers.mlp import Mlp
 from ..layers.rel_pos import MlpPosEmbed, MlpRelPosBias, RelPosBias
 from ..layers.resolution import crop, num_windows, pad_to_windows
 from ..layers.tracing import Length, is_open
-from ..layers.window_attention import attend, merge, partition, weights_of_tokens
+from ..layers.window_attention import attend, weights_of_tokens
 from ..layers.window_places import WindowPlaces
+from ..layers.windows import merge, partition
 from .base import Stage
 
 # Carriers of a window along each axis.
@@ -528,5 +529,4 @@ class AttentionStage(Stage):
             windows = torch.cat([grid.to_windows(self.carriers(x)), windows], dim=1)
             shared = (grid,)
         windows = self.run_blocks(windows, *shared)[:, -(self.side**2) :]
-        x = merge(windows, size, rows * self.side, columns * self.side)
-        return crop(x, height, width).contiguous().permute(0, 3, 1, 2)
+        return merge(windows, size, height, width).contiguous().permute(0, 3, 1, 2)

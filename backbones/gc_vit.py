@@ -48,17 +48,11 @@ from ..layers.conv import PointwiseConv, SqueezeExcite
 from ..layers.linear import Linear
 from ..layers.mlp import Mlp
 from ..layers.rel_pos import RelPosBias, resize_rel_pos_bias
-from ..layers.resolution import crop, pad_to_windows
 from ..layers.tracing import is_open
 from ..layers.weight_init import trunc_normal_
-from ..layers.window_attention import (
-    WindowAttention,
-    attend,
-    merge,
-    partition,
-    weights_of_tokens,
-)
+from ..layers.window_attention import WindowAttention, attend, weights_of_tokens
 from ..layers.window_places import WindowPlaces
+from ..layers.windows import merge, partition
 from .base import ChannelsLastStage, ClassifierHead, HierarchicalBackbone, check_arguments
 from .registry import Published, Weights, register_backbones
 
@@ -299,7 +293,7 @@ class Block(nn.Module):
         if x.ndim == 5:
             windows = x.flatten(0, 1).flatten(1, 2)
         else:
-            windows = partition(pad_to_windows(x, sides), sides)
+            windows = partition(x, sides)
         found = WindowPlaces.find(points, size, sides, device=x.device)
         inputs = (query,) if self.is_global else ()
         weights = self.attn.attention_weights(windows[found.windows], found.tokens, *inputs)
@@ -310,10 +304,8 @@ class Block(nn.Module):
         inputs = (query,) if self.is_global else ()
         if x.ndim == 5:
             return self.attn(x.flatten(0, 1).flatten(1, 2), *inputs).reshape(x.shape)
-        height, width = x.shape[1:3]
-        x = pad_to_windows(x, self.window_size)
         windows = self.attn(partition(x, self.window_size), *inputs)
-        return crop(merge(windows, self.window_size, *x.shape[1:3]), height, width)
+        return merge(windows, self.window_size, *x.shape[1:3])
 
     def _scale(self, x: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
         return x if gamma is None else x * gamma

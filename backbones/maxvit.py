@@ -51,10 +51,10 @@ from ..layers.conv import (
 )
 from ..layers.mlp import Mlp
 from ..layers.rel_pos import resize_rel_pos_bias
-from ..layers.resolution import attend_to_real_tokens, pad_to_windows
 from ..layers.tracing import is_open
-from ..layers.window_attention import WindowAttention, partition
+from ..layers.window_attention import WindowAttention, attend_to_real_tokens
 from ..layers.window_places import WindowPlaces
+from ..layers.windows import partition
 from .base import (
     ChannelsLastStage,
     ClassifierHead,
@@ -290,7 +290,7 @@ class PartitionAttention(nn.Module):
         """Show what positions of a map attend to; as `NeighborhoodAttention` does."""
         sides = self.attn.window_size
         found = WindowPlaces.find(points, size, sides, is_grid=self.is_grid, device=x.device)
-        windows = partition(pad_to_windows(self.norm1(x), sides), sides, is_grid=self.is_grid)
+        windows = partition(self.norm1(x), sides, is_grid=self.is_grid)
         weights = self.attn.attention_weights(
             windows[found.windows], found.tokens, mask=found.places >= 0
         )

@@ -21,7 +21,8 @@ from .conv import prefers_channels_last
 from .linear import Linear
 from .resolution import crop, num_windows, pad_axis, padded_length
 from .tracing import Length, is_open, larger, smaller
-from .window_attention import attend, merge, partition
+from .window_attention import attend
+from .windows import merge, partition
 
 
 def depthwise(conv: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Windows and grids of a map, and attention inside each.
+"""Attention inside windows, and inside those of maps of any size.
 
 Legend: B batch, H and W height and width of the map, C channels; B' windows of all images, N
 queries and M keys of a window. All maps are NHWC.
@@ -6,7 +6,8 @@ queries and M keys of a window. All maps are NHWC.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,118 +17,14 @@ from .arguments import check_whole_number
 from .attention_maps import attention_weights
 from .linear import Linear, in_pieces
 from .rel_pos import RelPosBias
-from .tracing import Length, is_exporting, is_open
+from .resolution import num_windows
+from .tracing import is_exporting, is_open, is_plain_inference
+from .windows import merge, partition, real_tokens
 
 # Values of queries, keys and values that are held at a time, in CPU inference: up to 32 MiB of
 # float32 in one piece, which is fastest, and otherwise in pieces of 2 MiB.
 _MOST_VALUES = 2**23
 _VALUES_OF_PIECE = 2**19
-
-
-def partition(x: torch.Tensor, size: tuple[int, int], *, is_grid: bool = False) -> torch.Tensor:
-    """Cut a map into windows. NHWC.
-
-    Args:
-        x: (B, H, W, C); its sides divide by those of `size`.
-        size: rows and columns of tokens in a window, (P_r, P_c).
-        is_grid: False for windows of adjacent tokens; True for windows of P_r x P_c tokens spread
-            evenly over the map, H / P_r and W / P_c apart (MaxViT's grid).
-
-    Returns:
-        (B * windows, P_r * P_c, C): all windows of an image before the next image's, windows and
-        their tokens row by row.
-    """
-    batch, height, width = x.shape[:3]
-    rows, columns = size
-    if is_open(height) or is_open(width):
-        x = x.flatten(0, 2).index_select(0, _order_of_windows(x.shape[:3], size, is_grid, x.device))
-        num_windows = batch * (height // rows) * (width // columns)
-        return x.unflatten(0, (num_windows, rows * columns))
-    if is_grid:  # axes: 1 token row, 2 window row, 3 token column, 4 window column
-        x = x.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
-    else:  # axes: 1 window row, 2 token row, 3 window column, 4 token column
-        x = x.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(-1, rows * columns, x.shape[-1])
-
-
-def merge(
-    windows: torch.Tensor,
-    size: tuple[int, int],
-    height: int,
-    width: int,
-    *,
-    is_grid: bool = False,
-) -> torch.Tensor:
-    """Put windows together to the map that they were cut from: the inverse of `partition`. NHWC.
-
-    Args:
-        windows: (B * windows, P_r * P_c, C).
-        size: rows and columns of tokens in a window, (P_r, P_c).
-        height: rows of the map, a multiple of P_r.
-        width: columns of the map, a multiple of P_c.
-        is_grid: as in `partition`.
-
-    Returns:
-        (B, height, width, C).
-    """
-    rows, columns = size
-    if is_open(height) or is_open(width):
-        x = windows.flatten(0, 1)
-        shape = x.shape[0] // (height * width), height, width
-        x = x.index_select(0, _order_of_map(shape, size, is_grid, x.device))
-        return x.unflatten(0, shape)
-    x = windows.reshape(-1, height // rows, width // columns, rows, columns, windows.shape[-1])
-    x = x.permute(0, 3, 1, 4, 2, 5) if is_grid else x.permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(-1, height, width, x.shape[-1])
-
-
-# Views would be other graphs where there is one window along an axis. These orders are computed on
-# one axis, that of all tokens, which is never of length 1 without being the map.
-
-
-def _order_of_windows(
-    shape: Sequence[Length], size: tuple[int, int], is_grid: bool, device: torch.device
-) -> torch.Tensor:
-    """Give the position in maps, row by row, of each token of their windows: (B * H * W,)."""
-    batch, height, width = shape
-    rows, columns = size
-    across, down = width // columns, height // rows  # windows of a map
-    position = torch.arange(batch * height * width, device=device)
-    window, token = _divmod(position, rows * columns)
-    image, window = _divmod(window, down * across)
-    token_row, token_column = _divmod(token, columns)
-    window_row, window_column = _divmod(window, across)
-    if is_grid:
-        row, column = token_row * down + window_row, token_column * across + window_column
-    else:
-        row, column = window_row * rows + token_row, window_column * columns + token_column
-    return (image * height + row) * width + column
-
-
-def _order_of_map(
-    shape: Sequence[Length], size: tuple[int, int], is_grid: bool, device: torch.device
-) -> torch.Tensor:
-    """Give the position in windows of each token of maps, row by row: (B * H * W,)."""
-    batch, height, width = shape
-    rows, columns = size
-    across, down = width // columns, height // rows
-    position = torch.arange(batch * height * width, device=device)
-    row, column = _divmod(position, width)
-    image, row = _divmod(row, height)
-    if is_grid:
-        token_row, window_row = _divmod(row, down)
-        token_column, window_column = _divmod(column, across)
-    else:
-        window_row, token_row = _divmod(row, rows)
-        window_column, token_column = _divmod(column, columns)
-    window = (image * down + window_row) * across + window_column
-    return (window * rows + token_row) * columns + token_column
-
-
-def _divmod(x: torch.Tensor, by: Length) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide with a remainder, in operators that ONNX has for symbols too."""
-    quotient = x // by
-    return quotient, x - quotient * by
 
 
 def attend(
@@ -295,3 +192,98 @@ def _masked(bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     (B', heads, N, N); `mask` is (B', N), True where a token is attended to.
     """
     return bias.masked_fill(~mask[:, None, None], float("-inf"))
+
+
+def attend_to_real_tokens(
+    x: torch.Tensor, attention: WindowAttention, *, is_grid: bool = False
+) -> torch.Tensor:
+    """Attention inside the windows of a map of any size, of which padding is no part. NHWC.
+
+    A token attends to those tokens of the map that are in its window, once the map is padded to
+    whole windows at the bottom and right.
+
+    Args:
+        x: (B, H, W, C).
+        attention: inside windows.
+        is_grid: as in `partition`.
+
+    Returns:
+        (B, H, W, C).
+    """
+    size = attention.window_size
+    height, width = x.shape[1:3]
+    if not (is_open(height) or is_open(width)):
+        if height % size[0] == 0 and width % size[1] == 0:
+            windows = attention(partition(x, size, is_grid=is_grid))
+            return merge(windows, size, height, width, is_grid=is_grid)
+        if is_plain_inference():
+            return _attend_by_kinds(x, attention, is_grid)
+    mask = real_tokens(*x.shape[:3], size, is_grid=is_grid, device=x.device)
+    windows = attention(partition(x, size, is_grid=is_grid), mask)
+    return merge(windows, size, height, width, is_grid=is_grid)
+
+
+def _attend_by_kinds(x: torch.Tensor, attention: WindowAttention, is_grid: bool) -> torch.Tensor:
+    """`attend_to_real_tokens` without padding: windows of as many real tokens are done together.
+
+    Padding takes whole rows and columns off a window. What is left is a smaller window, with the
+    biases of the same offsets.
+    """
+    out = None
+    rows, columns = map(_window_kinds, x.shape[1:3], attention.window_size, (is_grid, is_grid))
+    for kinds in product(rows, columns):
+        windows = _windows_of(x, *kinds)
+        size = windows.shape[3:5]
+        result = attention(windows.reshape(-1, size.numel(), x.shape[-1]), size=tuple(size))
+        if out is None:
+            out = result.new_empty(x.shape)
+        _windows_of(out, *kinds).copy_(result.view(windows.shape))
+    return out
+
+
+class _WindowKind(NamedTuple):
+    """Windows with equally many real tokens along an axis, positions in tokens of the map."""
+
+    start: int  # first token of the first
+    count: int
+    length: int  # real tokens of each
+    step: int  # from a window to the next
+    token_step: int  # from a token of a window to the next
+
+
+def _window_kinds(length: int, side: int, is_grid: bool) -> list[_WindowKind]:
+    """Sort the windows that cover an axis by how many real tokens they have."""
+    count = num_windows(length, side)
+    if is_grid:
+        least, num_longer = divmod(length, count)
+        kinds = [
+            _WindowKind(0, num_longer, least + 1, 1, count),
+            _WindowKind(num_longer, count - num_longer, least, 1, count),
+        ]
+    else:
+        num_whole, rest = divmod(length, side)
+        kinds = [
+            _WindowKind(0, num_whole, side, side, 1),
+            _WindowKind(num_whole * side, count - num_whole, rest, side, 1),
+        ]
+    return [kind for kind in kinds if kind.count]
+
+
+def _windows_of(x: torch.Tensor, rows: _WindowKind, columns: _WindowKind) -> torch.Tensor:
+    """View the windows of a map, (B, H, W, C), that are of a kind along either axis.
+
+    (B, window rows, window columns, token rows, token columns, C).
+    """
+    batch, row, column, channel = x.stride()
+    return x.as_strided(
+        (len(x), rows.count, columns.count, rows.length, columns.length, x.shape[-1]),
+        (
+            batch,
+            rows.step * row,
+            columns.step * column,
+            rows.token_step * row,
+            columns.token_step * column,
+            channel,
+        ),
+        x.storage_offset() + rows.start * row + columns.start * column,
+    )

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .attention_maps import AttentionMaps, Point
-from .resolution import pad_to_windows
-from .window_attention import partition
+from .windows import partition
 
 
 class WindowPlaces(NamedTuple):
@@ -51,7 +50,7 @@ class WindowPlaces(NamedTuple):
         """
         height, width = size
         numbers = torch.arange(1, height * width + 1, device=device).view(1, height, width, 1)
-        places = partition(pad_to_windows(numbers, window_size), window_size, is_grid=is_grid)
+        places = partition(numbers, window_size, is_grid=is_grid)
         places = places[..., 0] - 1  # (windows, N)
         found = [(places == row * width + column).nonzero()[0] for row, column in points]
         windows, tokens = torch.stack(found).unbind(1)

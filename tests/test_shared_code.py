@@ -14,15 +14,14 @@ ROOT = Path(__file__).parents[1]
 
 HOMES = {
     "tokens are regrouped into windows, or back": {
-        "layers/window_attention.py: partition",
-        "layers/window_attention.py: merge",
+        "layers/windows.py: partition",
+        "layers/windows.py: merge",
         "layers/conv.py: Conv.forward",  # the patches that a convolution takes
     },
     "positions of whole maps are counted, for an order of their tokens": {
-        "layers/window_attention.py: _order_of_windows",
-        "layers/window_attention.py: _order_of_map",
+        "layers/token_order.py: _compute",
     },
-    "windows are viewed on a map's memory": {"layers/resolution.py: _windows_of"},
+    "windows are viewed on a map's memory": {"layers/window_attention.py: _windows_of"},
     "a length is rounded up to a multiple": {"layers/resolution.py: padded_length"},
     "positions are subtracted pair by pair": {"layers/rel_pos.py: rel_pos_bias_of_pairs"},
     "coordinates are paired": {"layers/rel_pos.py: _grid"},

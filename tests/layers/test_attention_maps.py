@@ -12,9 +12,10 @@ from densezoo.backbones.gc_vit import Block as GCViTBlock
 from densezoo.backbones.maxvit import PartitionAttention
 from densezoo.backbones.nat_isotropic import FullAttention
 from densezoo.layers.neighborhood_attention import NeighborhoodAttention
-from densezoo.layers.resolution import attend_to_real_tokens, crop, pad_to_windows
+from densezoo.layers.resolution import pad_to_windows
 from densezoo.layers.routing_attention import RoutingAttention
-from densezoo.layers.window_attention import merge, partition
+from densezoo.layers.window_attention import attend_to_real_tokens
+from densezoo.layers.windows import merge, partition
 
 HEADS, DIM = 2, 16
 SIZE = (9, 11)
@@ -146,7 +147,7 @@ def watch(attn, num_others):
     def change_values(module, args, out):
         values = out[..., -DIM:].clone()
         values[:, :num_others] = 0
-        values[:, num_others:] *= partition(pad_to_windows(torch.ones(1, *SIZE, 1), (4, 4)), (4, 4))
+        values[:, num_others:] *= partition(torch.ones(1, *SIZE, 1), (4, 4))
         seen["values"] = values[:, num_others:]
         return torch.cat([out[..., :-DIM], values], -1)
 
@@ -156,7 +157,7 @@ def watch(attn, num_others):
 
 
 def as_map(windows):
-    return crop(merge(windows, (4, 4), 12, 12), *SIZE)[0]
+    return merge(windows, (4, 4), *SIZE)[0]
 
 
 @pytest.mark.parametrize("has_carriers", [False, True], ids=["alone", "carriers"])

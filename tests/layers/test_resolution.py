@@ -6,14 +6,9 @@ from oracles import image, relative_error
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from densezoo.layers.resolution import (
-    attend_to_real_tokens,
-    crop,
-    num_windows,
-    pad_to_windows,
-    real_tokens,
-)
-from densezoo.layers.window_attention import WindowAttention, merge, partition
+from densezoo.layers.resolution import crop, num_windows, pad_to_windows
+from densezoo.layers.window_attention import WindowAttention, attend_to_real_tokens
+from densezoo.layers.windows import merge, partition, real_tokens
 
 WINDOW = (3, 4)
 SIZES = [(1, 1), (2, 9), (3, 4), (6, 8), (7, 3), (10, 5), (12, 13)]

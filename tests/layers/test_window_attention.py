@@ -8,7 +8,9 @@ from oracles import image, relative_error
 from torch.nn import functional as F
 
 from densezoo.layers import window_attention
-from densezoo.layers.window_attention import WindowAttention, attend, merge, partition
+from densezoo.layers.token_order import gather_map, gather_windows
+from densezoo.layers.window_attention import WindowAttention, attend
+from densezoo.layers.windows import merge, partition
 
 
 def tokens(*size, dim=8, batch=2, seed=0):
@@ -56,13 +58,38 @@ def test_merging_is_the_inverse_of_cutting(is_grid):
 
 
 @pytest.mark.parametrize("is_grid", [False, True], ids=["window", "grid"])
-def test_orders_of_tokens_by_arithmetic_are_those_of_views(is_grid):
-    shape, size = (3, 6, 12), (2, 3)
-    x = torch.arange(3 * 6 * 12).view(*shape, 1)
-    arguments = shape, size, is_grid, x.device
-    order = window_attention._order_of_windows(*arguments)
-    assert torch.equal(order, partition(x, size, is_grid=is_grid).flatten())
-    assert torch.equal(order[window_attention._order_of_map(*arguments)], x.flatten())
+@pytest.mark.parametrize("map_size", [(6, 12), (7, 13), (1, 2)], ids=str)
+def test_orders_of_tokens_by_arithmetic_are_those_of_views(map_size, is_grid):
+    x, size = tokens(*map_size), (2, 3)
+    windows = partition(x, size, is_grid=is_grid)
+    padded = torch.cat([x.flatten(0, 2), torch.zeros(1, 8)])
+    assert torch.equal(gather_windows(padded, x.shape[:3], size, is_grid), windows)
+    assert torch.equal(gather_map(windows, size, *map_size, is_grid), x)
+    assert torch.equal(merge(windows, size, *map_size, is_grid=is_grid), x)
+
+
+@pytest.mark.parametrize("is_grid", [False, True], ids=["window", "grid"])
+def test_compilers_see_an_order_of_tokens_as_one_operator(is_grid):
+    operator, size = torch.ops.densezoo.token_order.default, (2, 3)
+    for is_inverse in (False, True):
+        arguments = [3, 7, 12], size, is_grid, is_inverse, torch.device("cpu")
+        torch.library.opcheck(operator, arguments)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    def regroup(x):
+        windows = partition(x, size, is_grid=is_grid)
+        return windows, merge(windows, size, *x.shape[1:3], is_grid=is_grid)
+
+    compiled = torch.compile(regroup, backend=backend, fullgraph=True, dynamic=True)
+    for x in (tokens(7, 12, batch=3), tokens(4, 9), tokens(2, 5)):
+        actual, expected = compiled(x), regroup(x)
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], x)
+    assert len(graphs) == 1 and graphs[0].count(operator) == 2
 
 
 @pytest.mark.parametrize("scale", [None, 1.0], ids=["own scale", "scale 1"])
