@@ -90,6 +90,30 @@ def check_heads(query: Tensor) -> None:
         )
 
 
+def check_maps(query: Tensor, key: Tensor) -> None:
+    """Raise a ValueError unless both are (B, H, W, heads, head_dim), of a token at least."""
+    if query.ndim != 5:
+        raise ValueError(f"query has shape {shape(query)}: (B, H, W, heads, head_dim) is taken")
+    if torch.jit.is_tracing():  # there sizes are tensors
+        return
+    if 0 in query.shape[1:3]:
+        raise ValueError(f"query has shape {shape(query)}: a map of at least 1 token is taken")
+    check_heads(query)
+    if key.shape != query.shape:
+        raise ValueError(
+            f"key has shape {shape(key)}: the shape of query, {shape(query)}, is taken"
+        )
+
+
+def check_values(value: Tensor, query: Tensor) -> None:
+    """Raise a ValueError unless it is (B, H, W, heads, value_dim), of a channel at least."""
+    if value.shape[:-1] != query.shape[:-1] or value.shape[-1] == 0:
+        raise ValueError(
+            f"value has shape {shape(value)}: (B, H, W, heads, value_dim) is taken, here "
+            f"({', '.join(map(str, query.shape[:-1]))}, value_dim)"
+        )
+
+
 def check_alike(tensors: Mapping[str, Tensor | None]) -> None:
     """Raise a ValueError unless all have the first one's device and floating-point dtype."""
     first = next(iter(tensors))

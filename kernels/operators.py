@@ -6,7 +6,7 @@ called as it is. Both give the output and the natural logarithm of the softmax's
 
     <name>(*tensors, *geometry, float scale, str backend) -> (out, lse)
     <name>_backward(grad_out, [grad_lse,] *tensors, out, lse, *geometry, float scale,
-                    [bool needs_shared_grad,] str backend) -> gradients of the tensors
+                    [bool needs_<..>_grad,] str backend) -> gradients of the tensors
 
 `geometry` is what describes the call beside tensors, in plain numbers; paths and the definition
 get it as one object.
@@ -39,7 +39,7 @@ class Operator:
 
     A path is a module with ``why_not(*tensors, geometry)``, which says why it cannot run a call
     or None, ``forward(*tensors, geometry, scale)``, which gives out and lse, and
-    ``backward(grad_out, [grad_lse,] *tensors, out, lse, geometry, scale[, needs_shared_grad])``,
+    ``backward(grad_out, [grad_lse,] *tensors, out, lse, geometry, scale[, needs_<..>_grad])``,
     which gives a gradient for each tensor that has one, None for absent tensors. Neither is
     called for an empty batch.
 
@@ -55,10 +55,14 @@ class Operator:
         reference: the definition, called as ``forward`` of a path.
         count_macs: gives the multiply-accumulates of a forward pass for the shapes of the tensors
             (None for absent ones) and the geometry.
-        shared: the names of tensors that all images share. vmap loops over them, and their
-            gradients can be left out.
+        shared: the names of tensors that all images share, which vmap loops over.
+        spared: the names of tensors whose gradients can be left out, all of them together.
+        spared_as: what the flag for that calls them: "shared" gives "needs_shared_grad".
         indices: the names of tensors that have no gradient.
+        uncast: the names of tensors that keep their dtype under autocast.
         has_lse_grad: whether lse has a gradient.
+        lse_axes: gives the sizes of what axes lse has beyond those of query but the last one, for
+            the geometry; by default none.
     """
 
     def __init__(
@@ -73,8 +77,12 @@ class Operator:
         reference: Callable[..., tuple[Tensor, Tensor]],
         count_macs: Callable[[Sequence[Shape | None], Any], int],
         shared: Sequence[str] = (),
+        spared: Sequence[str] = (),
+        spared_as: str = "",
         indices: Sequence[str] = (),
+        uncast: Sequence[str] = (),
         has_lse_grad: bool = True,
+        lse_axes: Callable[[Any], Sequence[int]] | None = None,
     ) -> None:
         names = [tensor.split()[1] for tensor in tensors]
         self.name = name
@@ -85,8 +93,12 @@ class Operator:
         self._import_path = import_path
         self._reference = reference
         self._shared = [names.index(tensor) for tensor in shared]
+        self._spared = [names.index(tensor) for tensor in spared]
+        self._spared_as = spared_as
+        self._cast = [i for i, tensor in enumerate(names) if tensor not in uncast]
         self._differentiable = [i for i, tensor in enumerate(names) if tensor not in indices]
         self._num_grads = 2 if has_lse_grad else 1
+        self._lse_axes = lse_axes
         # A process has the operators once: the package imported anew takes those that are there.
         is_first = not hasattr(torch.ops.densezoo, name)
         if is_first:
@@ -148,7 +160,7 @@ class Operator:
     def _define(self, tensors: str, geometry: str) -> None:
         """Tell the schemas of the operator and of its gradient."""
         grads = ", ".join(("Tensor grad_out", "Tensor? grad_lse")[: self._num_grads])
-        flag = "bool needs_shared_grad, " if self._shared else ""
+        flag = f"bool needs_{self._spared_as}_grad, " if self._spared else ""
         returns = ", ".join("Tensor" for _ in self._differentiable)
         for schema in (
             f"{self.name}({tensors}, {geometry}, float scale, str backend) -> (Tensor, Tensor)",
@@ -178,8 +190,8 @@ class Operator:
             backward, functools.partial(_vmap_loop, self.backward), lib=_library
         )
         for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            for operator, num_cast in ((self.forward, self.num_tensors), (self.backward, 0)):
-                kernel = functools.partial(_autocast, operator, device_type, num_cast)
+            for operator, cast in ((self.forward, self._cast), (self.backward, ())):
+                kernel = functools.partial(_autocast, operator, device_type, cast)
                 _library.impl(operator.name(), kernel, dispatch_key)
         _register_flop_formula(self.forward, self._forward_flops)
         _register_flop_formula(self.backward, self._backward_flops)
@@ -200,12 +212,14 @@ class Operator:
         geometry = self.make_geometry(*numbers)
         return self._path(backend, tensors, geometry).forward(*tensors, geometry, scale)
 
-    def _fake_forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
+    def _fake_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         """Give what the operator returns, uninitialised."""
+        (query, _, value, *_), (*numbers, _, _) = _split(args, self.num_tensors)
         lse_dtype = torch.promote_types(query.dtype, torch.float32)
+        lse_axes = self._lse_axes(self.make_geometry(*numbers)) if self._lse_axes else ()
         return (
             query.new_empty((*query.shape[:-1], value.shape[-1])),
-            query.new_empty(query.shape[:-1], dtype=lse_dtype),
+            query.new_empty((*query.shape[:-1], *lse_axes), dtype=lse_dtype),
         )
 
     def _run_backward(self, *args: Any) -> tuple[Tensor, ...]:
@@ -217,7 +231,7 @@ class Operator:
                 for i in self._differentiable
             ]
         else:
-            flags = [numbers.pop()] if self._shared else []
+            flags = [numbers.pop()] if self._spared else []
             *numbers, scale = numbers
             geometry = self.make_geometry(*numbers)
             path = self._path(backend, tensors, geometry)
@@ -231,7 +245,9 @@ class Operator:
     def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
         _, tensors, _, _ = self._split_backward(args)
         return tuple(
-            tensors[0].new_empty(tensors[i].shape if needed else 0)
+            torch.empty_like(tensors[i], memory_format=torch.contiguous_format)
+            if needed
+            else tensors[0].new_empty(0)
             for i, needed in zip(self._differentiable, self._needed_grads(args), strict=True)
         )
 
@@ -242,7 +258,7 @@ class Operator:
     def _needed_grads(self, args: tuple[Any, ...]) -> list[bool]:
         """Tell which gradients a call of the gradient has to give, of those that there can be."""
         _, tensors, _, (*_, flag, _) = self._split_backward(args)
-        left_out = self._shared if self._shared and not flag else ()
+        left_out = self._spared if self._spared and not flag else ()
         return [tensors[i] is not None and i not in left_out for i in self._differentiable]
 
     def _save_for_backward(
@@ -262,7 +278,7 @@ class Operator:
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needed = ctx.needs_input_grad
-        flags = [any(needed[i] for i in self._shared)] if self._shared else []
+        flags = [any(needed[i] for i in self._spared)] if self._spared else []
         found = self.backward(
             *(grad_out, grad_lse)[: self._num_grads], *tensors, out, lse, *numbers, *flags, backend
         )
@@ -303,7 +319,7 @@ class Operator:
     def _backward_flops(self, *args: Any, **kwargs: Any) -> int:
         """FLOPs of its gradient: twice the products, logits made again count once."""
         _, shapes, _, numbers = self._split_backward(args)
-        numbers = numbers[: -3 if self._shared else -2]
+        numbers = numbers[: -3 if self._spared else -2]
         return 4 * self.count_macs(shapes, self.make_geometry(*numbers))
 
 
@@ -316,14 +332,19 @@ def _split(args: tuple[Any, ...], *sizes: int) -> list[tuple[Any, ...]]:
     return [*parts, args[start:]]
 
 
-def _autocast(operator: torch._ops.OpOverload, device_type: str, num_cast: int, *args: Any) -> Any:
-    """Cast the first arguments as autocast would and run the operator outside of it.
+def _autocast(
+    operator: torch._ops.OpOverload, device_type: str, cast: Sequence[int], *args: Any
+) -> Any:
+    """Cast the arguments at these places as autocast would and run the operator outside of it.
 
     None of a gradient's are: they have the dtypes that the forward pass gave them.
     """
-    tensors = cast_under_autocast(args[:num_cast]) if num_cast else ()
+    given = list(args)
+    if cast:
+        for i, tensor in zip(cast, cast_under_autocast(args[i] for i in cast), strict=True):
+            given[i] = tensor
     with torch.autocast(device_type, enabled=False):
-        return operator(*tensors, *args[num_cast:])
+        return operator(*given)
 
 
 def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,22 @@ VENDOR = "cuda" if torch.version.hip is None else "hip"
 # Said, as Triton is about to turn it around and warns of it.
 FIXED_OPTIONS = {"enable_fp_fusion": True}
 _TILING_OPTIONS = ("num_warps", "num_stages")
+
+
+class Tiling(NamedTuple):
+    """How a kernel divides its work, where tokens are taken one after the other.
+
+    Attributes:
+        tile: tokens that a program owns.
+        block: tokens that it takes at a time of those it walks through.
+        num_warps: warps of a program.
+        num_stages: blocks under way at a time.
+    """
+
+    tile: int
+    block: int
+    num_warps: int
+    num_stages: int
 
 
 def why_not(query: Tensor, **channels: int) -> str | None:

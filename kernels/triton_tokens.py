@@ -44,19 +44,26 @@ def store_tokens(pointer, offset, tokens, is_token, HEAD_DIM: tl.constexpr, BLOC
 
 
 @triton.jit
-def accumulate(highest, total, out, logits, v, PRECISION: tl.constexpr):
-    """Take a block of keys into the online softmax: row maxima, denominators, weighted values.
+def weigh_block(highest, total, logits):
+    """Take a block of keys into the online softmax: row maxima and denominators.
 
     Logits are (queries, keys), minus infinity where a query does not see a key; row maxima begin
-    at LOWEST or above.
+    at LOWEST or above. Returns the new ones, the weights of the block's values, and what the sums
+    of earlier ones are multiplied with, (queries,).
     """
     new_highest = tl.maximum(highest, tl.max(logits, 1))
     weights = tl.exp(logits - new_highest[:, None])
     decay = tl.exp(highest - new_highest)
-    total = total * decay + tl.sum(weights, 1)
+    return new_highest, total * decay + tl.sum(weights, 1), weights, decay
+
+
+@triton.jit
+def accumulate(highest, total, out, logits, v, PRECISION: tl.constexpr):
+    """Take a block of keys and values into the online softmax, as :func:`weigh_block` does."""
+    highest, total, weights, decay = weigh_block(highest, total, logits)
     out = out * decay[:, None]
     out += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-    return new_highest, total, out
+    return highest, total, out
 
 
 @triton.jit

@@ -128,6 +128,64 @@ def _routing_shape(
     return Shape(shape, max(head_dim, value_dim), constants, skipped, is_aligned)
 
 
+def _polyline_shape(
+    shape: str,
+    form: str,
+    head_dim: int,
+    value_dim: int | None = None,
+    given: str = "",
+    ones: tuple[str, ...] = (),
+) -> Shape:
+    """Describe launches of polyline attention.
+
+    Args:
+        shape: what its tilings are listed by.
+        form: "full" or "axial".
+        head_dim: channels of queries and keys.
+        value_dim: channels of values, by default as many.
+        given: of the full form "both" paths or "row_first", the latter without gradients of
+            decays; of the axial one, what kernels get beside tokens: "all" that there is,
+            "values" or "middle" alone, or "nothing" but a cotangent.
+        ones: see :func:`_neighborhood_shape`.
+    """
+    value_dim = value_dim or head_dim
+    constants: dict[str, Any] = dict.fromkeys(ones, 1)
+    constants |= {"HEAD_DIM": head_dim, "BLOCK_D": block_of_channels(head_dim)}
+    constants |= {"VALUE_DIM": value_dim, "BLOCK_V": block_of_channels(value_dim)}
+    skipped = []
+    if form == "full":
+        constants["IS_BOTH"] = given == "both"
+        if given == "row_first":
+            constants["parts_ptr"] = None
+        skipped = [name for name in _POLYLINE_KERNELS if "_line_" in name]
+    else:
+        constants["AXIS"] = 1
+        skipped = [name for name in _POLYLINE_KERNELS if "_line_" not in name]
+        absent = []
+        if given != "all":
+            absent += ["second_value_ptr", "second_out_ptr", "other_ptr", "added_value_ptr"]
+        if given in ("values", "nothing"):
+            absent += ["middle_ptr"]
+        if given in ("middle", "nothing"):
+            absent += ["grad_middle_ptr", "added_query_ptr", "added_key_ptr"]
+        if given == "nothing":
+            absent += ["grad_key_ptr", "grad_sums_ptr", "shared_ptr"]
+            skipped += ["_forward_line_kernel", "_backward_line_query_kernel"]
+        constants |= dict.fromkeys(absent)
+    is_aligned = head_dim % 16 == value_dim % 16 == 0
+    return Shape(shape, max(head_dim, value_dim), constants, tuple(skipped), is_aligned)
+
+
+_LENGTHS = ("short", "medium", "long")
+_POLYLINE_KERNELS = (
+    "_forward_kernel",
+    "_backward_query_kernel",
+    "_backward_key_kernel",
+    "_forward_line_kernel",
+    "_backward_line_query_kernel",
+    "_backward_line_key_kernel",
+)
+
 OPERATORS = {
     # NAT and DiNAT, DiNAT at 384 with 11x11, FasterViT-4's heads, and what no published model has.
     "neighborhood_attention": Operator(
@@ -189,6 +247,37 @@ OPERATORS = {
         pointers=dict.fromkeys(("lse_ptr", "shared_ptr", "counts_ptr", "pad_count_ptr"), "*fp32")
         | dict.fromkeys(("partial_key_ptr", "partial_value_ptr"), "*fp32")
         | dict.fromkeys(("routes_ptr", "keepers_ptr", "keepers_start_ptr"), "*i64"),
+    ),
+    # PPMA's and RMT's stages: rows of up to 16, up to 32 and more tokens, and what no published
+    # model has.
+    "polyline_attention": Operator(
+        kernels=_POLYLINE_KERNELS,
+        shapes={
+            **{
+                f"full_{shape}_{head_dim}": _polyline_shape(shape, "full", head_dim, given="both")
+                for head_dim, shape in itertools.product((32, 64, 128), _LENGTHS)
+            },
+            **{
+                f"axial_{shape}_{head_dim}": _polyline_shape(shape, "axial", head_dim, given="all")
+                for head_dim, shape in itertools.product((16, 32, 64, 128), _LENGTHS)
+            },
+            **{
+                f"full_row_first_{shape}": _polyline_shape(shape, "full", 32, given="row_first")
+                for shape in _LENGTHS
+            },
+            **{
+                f"axial_{given}": _polyline_shape("long", "axial", 32, given=given)
+                for given in ("values", "middle", "nothing")
+            },
+            "full_uneven": _polyline_shape(
+                "long", "full", 49, 20, given="both", ones=("batch_size", "num_heads", "height")
+            ),
+            "axial_uneven": _polyline_shape(
+                "short", "axial", 20, 49, given="all", ones=("num_heads", "width", "tokens_h")
+            ),
+        },
+        pointers=dict.fromkeys(("row_sums_ptr", "column_sums_ptr", "sums_ptr"), "*fp32")
+        | dict.fromkeys(("lse_ptr", "shared_ptr", "parts_ptr", "grad_sums_ptr"), "*fp32"),
     ),
 }
 

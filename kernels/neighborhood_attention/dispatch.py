@@ -145,5 +145,7 @@ OPERATOR = Operator(
     reference=neighborhood_attention_reference,
     count_macs=_count_macs,
     shared=("bias",),
+    spared=("bias",),
+    spared_as="shared",
 )
 OPERATOR.explain(neighborhood_attention, checked_call)

@@ -39,7 +39,7 @@ def checked_call(
     )
     check_maps(query, key)
     if not torch.jit.is_tracing():  # there sizes are tensors
-        _check_values(value, query)
+        checks.check_values(value, query)
         check_pads(pad_key=(pad_key, query), pad_value=(pad_value, value))
     regions = checked_regions(query, num_regions, region_size)
     _check_routes(routes, query, regions, is_range_known)
@@ -53,27 +53,9 @@ def checked_call(
 
 def check_maps(query: Tensor, key: Tensor) -> None:
     """Raise a ValueError unless both are (B, H, W, heads, head_dim) with a token and an image."""
-    if query.ndim != 5:
-        raise ValueError(f"query has shape {shape(query)}: (B, H, W, heads, head_dim) is taken")
-    if torch.jit.is_tracing():  # there sizes are tensors
-        return
-    if query.shape[0] == 0:
+    checks.check_maps(query, key)
+    if not torch.jit.is_tracing() and query.shape[0] == 0:  # there sizes are tensors
         raise ValueError(f"query has shape {shape(query)}: at least 1 image is taken")
-    if 0 in query.shape[1:3]:
-        raise ValueError(f"query has shape {shape(query)}: a map of at least 1 token is taken")
-    checks.check_heads(query)
-    if key.shape != query.shape:
-        raise ValueError(
-            f"key has shape {shape(key)}: the shape of query, {shape(query)}, is taken"
-        )
-
-
-def _check_values(value: Tensor, query: Tensor) -> None:
-    if value.shape[:-1] != query.shape[:-1] or value.shape[-1] == 0:
-        raise ValueError(
-            f"value has shape {shape(value)}: (B, H, W, heads, value_dim) is taken, here "
-            f"({', '.join(map(str, query.shape[:-1]))}, value_dim)"
-        )
 
 
 def check_pads(**pads: tuple[Tensor | None, Tensor]) -> None:

@@ -143,6 +143,8 @@ OPERATOR = Operator(
     reference=routing_attention_reference,
     count_macs=_count_macs,
     shared=("pad_key", "pad_value"),
+    spared=("pad_key", "pad_value"),
+    spared_as="shared",
     indices=("routes",),
     has_lse_grad=False,
 )

@@ -6,35 +6,17 @@ is launched: importing this module does not import Triton.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .. import runtime, triton_launch
-from ..triton_launch import VENDOR
+from ..triton_launch import VENDOR, Tiling
 from .regions import Regions
 
 # Rows of the least tile that matrix instructions take.
 _LEAST_TILE = 16
 # Sums over all positions are shared among programs, enough to fill a GPU.
 _PAD_PROGRAMS = 512
-
-
-class Tiling(NamedTuple):
-    """How a kernel divides its work.
-
-    Attributes:
-        tile: tokens that a program owns.
-        block: tokens that it takes at a time of those it walks through.
-        num_warps: warps of a program.
-        num_stages: blocks under way at a time.
-    """
-
-    tile: int
-    block: int
-    num_warps: int
-    num_stages: int
 
 
 # In the interpreter nothing is tuned; tiles are so small that a region has several.

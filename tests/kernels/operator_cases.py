@@ -1,6 +1,7 @@
-"""What tests of every operator share: rounded numbers, and the error that a path may have."""
+"""What tests of operators share: rounded numbers, errors that a path may have, counted reads."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def rounded_normal(generator, dtype=torch.float64, device="cpu"):
@@ -40,3 +41,15 @@ def assert_within_budget(actual, eager, exact, slack=0.0):
             assert measure(error) <= limit, (
                 f"{name}: {measure.__name__} error {measure(error):.3g}, at most {limit:.3g}"
             )
+
+
+class CountReads(TorchDispatchMode):
+    """Count how often Python reads a number of a tensor, which makes a GPU wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))

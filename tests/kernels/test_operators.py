@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import neighborhood_cases
+import polyline_cases
 import pytest
 import routing_cases
 import torch
@@ -17,10 +18,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.func import grad, jvp, vmap
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from densezoo.kernels import (
     neighborhood_attention,
+    polyline_attention,
     route_regions,
     routing_attention,
     use_backend,
@@ -68,6 +71,24 @@ class RoutingModel(nn.Module):
         return routing_attention(query, key, value, routes, 3, **pads, **self.arguments)
 
 
+class PolylineModel(nn.Module):
+    """Polyline attention as models have it, on maps (B, H, W, 16)."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.qkv = nn.Linear(16, 48 + 4)
+        for parameter in self.qkv.parameters():
+            nn.init.normal_(parameter, std=0.5, generator=generator)
+        self.arguments = arguments
+
+    def forward(self, x):
+        maps, decays = self.qkv(x).split((48, 4), dim=-1)
+        query, key, value = maps.unflatten(-1, (3, 2, 8)).unbind(-3)
+        log_alpha, log_beta = (-F.softplus(decays)).unflatten(-1, (2, 2)).unbind(-2)
+        return polyline_attention(query, key, value, log_alpha, log_beta, **self.arguments)
+
+
 class Subject(NamedTuple):
     """An operator, and what the tests call it with.
 
@@ -76,8 +97,9 @@ class Subject(NamedTuple):
         cases: the module of its cases.
         case: a call that takes everything that the operator takes.
         numbers: what the registered operator takes for it beside tensors, but for the backend.
-        shared: tensors that all images share, whose gradients can be left out.
+        shared: tensors that all images share, which may be absent.
         by_image: other tensors that have gradients.
+        spared: tensors whose gradients can be left out.
         model: a module that calls it.
     """
 
@@ -87,6 +109,7 @@ class Subject(NamedTuple):
     numbers: tuple
     shared: tuple
     by_image: tuple
+    spared: tuple
     model: type
 
     @property
@@ -126,6 +149,7 @@ SUBJECTS = [
         ([5, 3], [1, 2], [1, 1], [0, 0], 0.3),
         ("bias",),
         ("query", "key", "value", "extra_key", "extra_value"),
+        ("bias",),
         NeighborhoodModel,
     ),
     Subject(
@@ -137,7 +161,18 @@ SUBJECTS = [
         (3, 4, 3, 3, 0.3),
         ("pad_key", "pad_value"),
         ("query", "key", "value"),
+        routing_cases.PADS,
         RoutingModel,
+    ),
+    Subject(
+        polyline_attention,
+        polyline_cases,
+        polyline_cases.Case((4, 6), batch=3, scale=0.3, value_dim=6),
+        ("full", "both", 0.3),
+        (),
+        polyline_cases.TENSORS,
+        polyline_cases.DECAYS,
+        PolylineModel,
     ),
 ]
 
@@ -163,20 +198,23 @@ def gradients(model, x):
     return out, torch.autograd.grad(out, list(model.parameters()), cotangent)
 
 
-@pytest.mark.parametrize("has_shared", [False, True])
-def test_the_operator_passes_pytorchs_own_checks(subject, has_shared):
+@pytest.mark.parametrize("has_spared", [False, True])
+def test_the_operator_passes_pytorchs_own_checks(subject, has_spared):
     inputs = subject.cases.make_inputs(subject.case, torch.float32)
+    without = () if has_spared else subject.spared
     tensors = [
         None
-        if name in subject.shared and not has_shared
-        else tensor.detach().clone().requires_grad_(name in subject.differentiable)
+        if name in subject.shared and name in without
+        else tensor.detach()
+        .clone()
+        .requires_grad_(name in subject.differentiable and name not in without)
         for name, tensor in subject.tensors(inputs).items()
     ]
     torch.library.opcheck(subject.forward, (*tensors, *subject.numbers, ""))
 
 
-@pytest.mark.parametrize("needs_shared_grad", [True, False])
-def test_its_gradient_passes_pytorchs_own_checks(subject, needs_shared_grad):
+@pytest.mark.parametrize("needs_spared_grad", [True, False])
+def test_its_gradient_passes_pytorchs_own_checks(subject, needs_spared_grad):
     inputs = subject.cases.make_inputs(subject.case, torch.float32)
     tensors = subject.tensors(inputs).values()
     outputs = subject.forward(*tensors, *subject.numbers, "")
@@ -184,7 +222,7 @@ def test_its_gradient_passes_pytorchs_own_checks(subject, needs_shared_grad):
         subject.backward,
         (
             *subject.cotangents(inputs), *tensors, *outputs,
-            *subject.numbers, needs_shared_grad, "",
+            *subject.numbers, needs_spared_grad, "",
         ),
     )  # fmt: skip
 
@@ -212,7 +250,7 @@ def test_each_input_can_be_the_only_one_that_needs_a_gradient(subject, inputs, b
         torch.testing.assert_close(grad_, expected[f"grad_{wanted}"], rtol=1e-12, atol=1e-12)
 
 
-def assert_shared_gradients_are_left_out(subject, backend, device="cpu"):
+def assert_spared_gradients_are_left_out(subject, backend, device="cpu"):
     case = replace(subject.case, batch=1)
     inputs = subject.cases.make_inputs(case, torch.float32, device=device)
     tensors = subject.tensors(inputs).values()
@@ -226,15 +264,15 @@ def assert_shared_gradients_are_left_out(subject, backend, device="cpu"):
     names = [name for name in subject.cases.TENSORS if name in subject.differentiable]
     for name, a, b in zip(names, whole, without, strict=True):
         assert a.shape == inputs[name].shape
-        assert b.numel() == 0 if name in subject.shared else torch.equal(a, b)
+        assert b.numel() == 0 if name in subject.spared else torch.equal(a, b)
 
 
-def test_the_cpu_path_leaves_out_gradients_of_what_images_share(subject):
-    assert_shared_gradients_are_left_out(subject, "cpu")
+def test_the_cpu_path_leaves_out_gradients_that_can_be(subject):
+    assert_spared_gradients_are_left_out(subject, "cpu")
 
 
-def test_the_triton_path_leaves_out_gradients_of_what_images_share(subject, kernel_device):
-    assert_shared_gradients_are_left_out(subject, "triton", kernel_device)
+def test_the_triton_path_leaves_out_gradients_that_can_be(subject, kernel_device):
+    assert_spared_gradients_are_left_out(subject, "triton", kernel_device)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
@@ -347,7 +385,7 @@ def test_autocast_casts_every_input(subject, backend):
         wide = run(subject.cases.make_inputs(subject.case, torch.float64))
     assert results["out"].dtype == mixed["out"].dtype == direct[0].dtype == torch.bfloat16
     assert direct[1].dtype == torch.float32
-    assert results[f"grad_{subject.shared[0]}"].dtype == torch.float32
+    assert results[f"grad_{subject.spared[0]}"].dtype == torch.float32
     assert torch.equal(results["out"], mixed["out"])
     assert wide["out"].dtype == torch.float64
 
@@ -383,7 +421,7 @@ def test_vmap_gives_what_a_loop_does(subject, inputs):
     for mapped in (
         [name for name in everything if name not in subject.shared],
         ["query"],
-        ["key", "routes", *subject.shared],
+        ["key", "routes", *subject.spared],
     ):
         in_dims = in_dims_of(subject, mapped)
         given = [s if dim == 1 else t for s, t, dim in zip(stacked, tensors, in_dims, strict=True)]
@@ -477,6 +515,7 @@ def count_by_torch(function):
 
 DIVIDED = [
     SUBJECTS[0],
+    SUBJECTS[2],
     SUBJECTS[1]._replace(  # padded queries, which the reference does not leave out, count nothing
         case=routing_cases.Case((6, 8), (3, 4), 5, pads=routing_cases.PADS, value_dim=6)
     ),
@@ -509,9 +548,11 @@ class ImageModel(nn.Module):
 
 def test_count_macs_counts_by_the_formula_on_every_path(subject):
     pixels = 12 * 15
-    expected = pixels * (3 * 16 + 16 * 48)
+    expected = pixels * (3 * 16 + 16 * subject.model().qkv.out_features)
     if subject.name == "neighborhood_attention":
         expected += 2 * pixels * 16 * 7 * 7
+    elif subject.name == "polyline_attention":
+        expected += 2 * pixels * 16 * pixels
     else:  # 4 of 9 regions, and the products of the regions' means
         expected += 2 * pixels * 16 * (pixels // 9 * 4) + 9 * 9 * 16
     for backend in (None, "cpu", "reference"):
@@ -554,12 +595,17 @@ NO_TRITON = """
 import os, sys
 sys.modules["triton"] = None  # importing it fails
 import torch
-from densezoo.kernels import neighborhood_attention, route_regions, routing_attention
+from densezoo.kernels import (
+    neighborhood_attention, polyline_attention, route_regions, routing_attention
+)
 query = torch.randn(1, 8, 9, 2, 8, requires_grad=True)
 calls = (
     lambda **arguments: neighborhood_attention(query, query, query, 5, **arguments),
     lambda **arguments: routing_attention(
         query, query, query, route_regions(query, query, 3, 4), 3, **arguments
+    ),
+    lambda **arguments: polyline_attention(
+        query, query, query, *2 * [-query[..., 0].detach().abs()], **arguments
     ),
 )
 for call in calls:

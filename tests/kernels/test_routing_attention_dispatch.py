@@ -4,12 +4,12 @@ from math import prod
 
 import pytest
 import torch
+from operator_cases import CountReads
 from routing_cases import PADS, TENSORS, Case, make_inputs
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.func import vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from densezoo.kernels import route_regions, routing_attention, runtime
@@ -118,18 +118,6 @@ def test_one_graph_serves_maps_that_regions_divide_and_others(model, sizes):
     program = torch.export.export(model, (maps(3, *sizes[0]),), dynamic_shapes=(axes,))
     for size in sizes:
         torch.testing.assert_close(program.module()(maps(1, *size)), model(maps(1, *size)))
-
-
-class CountReads(TorchDispatchMode):
-    """Count how often Python reads a number of a tensor, which makes a GPU wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def test_known_routes_give_the_same_and_are_not_looked_at():

@@ -9,11 +9,19 @@ import pytest
 import torch
 from triton_cases import SUITES, assert_exact, each_tiling
 
-from densezoo.kernels import neighborhood_attention, routing_attention, triton_launch
+from densezoo.kernels import (
+    neighborhood_attention,
+    polyline_attention,
+    routing_attention,
+    triton_launch,
+)
 
 CALLS = {
     "neighborhood_attention": lambda query: neighborhood_attention(
         query, query, query, 3, backend="triton"
+    ),
+    "polyline_attention": lambda query: polyline_attention(
+        query, query, query, *[query.new_zeros(query.shape[:-1])] * 2, backend="triton"
     ),
     "routing_attention": lambda query: routing_attention(
         query,

@@ -18,12 +18,19 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PUBLISHED = {
     "neighborhood_attention": ("nat", "dinat", "dinat_11x11", "head_49"),
     "routing_attention": ("windows", "tiny_32", "small_32", "large_32", "dense", "dense_padded"),
+    "polyline_attention": ("full_short_32", "full_medium_32", "full_long_32")
+    + ("full_row_first_short", "full_row_first_medium", "full_row_first_long")
+    + ("axial_medium_32", "axial_long_16", "axial_long_32")
+    + ("axial_values", "axial_middle", "axial_nothing"),
 }
 OTHERS = {
     "neighborhood_attention": ("head_64", "head_128", "line", "causal_extra"),
     "routing_attention": ("uneven_tiny", "uneven_large", "tiny_64", "small_64", "large_64")
     + ("tiny_128", "small_128", "large_128"),
+    "polyline_attention": ("full_short_64", "full_long_64", "full_short_128", "full_long_128")
+    + ("axial_long_64", "axial_short_128", "axial_long_128", "full_uneven", "axial_uneven"),
 }
+POLYLINE = ["full_short_32", "axial_short_16"]
 KERNELS = {"_forward_kernel", "_backward_query_kernel", "_backward_key_kernel"}
 INSTRUCTIONS = {
     "sm_80": {"mma.sync"},
@@ -74,6 +81,8 @@ def assert_sound(rows, kernels, targets, dtypes, shapes):
         ("neighborhood_attention", "gfx942", ["nat", "head_49"], "_backward_bias_kernel"),
         ("routing_attention", "sm_90", ["tiny_32"], "_backward_pad_kernel"),
         ("routing_attention", "gfx942", ["small_32"], "_backward_pad_kernel"),
+        ("polyline_attention", "sm_90", POLYLINE, "_backward_line_key_kernel"),
+        ("polyline_attention", "gfx942", POLYLINE, "_backward_line_key_kernel"),
     ],
 )
 def test_kernels_compile_without_spills_to_matrix_instructions(
@@ -100,6 +109,7 @@ def test_published_shapes_compile_for_every_target(operator, target, dtypes, tmp
     [
         ("neighborhood_attention", "_backward_extra_kernel"),
         ("routing_attention", "_backward_pad_kernel"),
+        ("polyline_attention", "_backward_line_key_kernel"),
     ],
 )
 @pytest.mark.parametrize("target", TARGETS)
