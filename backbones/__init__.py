@@ -8,6 +8,7 @@ from .gc_vit import GCViT
 from .maxvit import MaxViT
 from .nat import NAT, DiNATS, fitting_dilations
 from .nat_isotropic import IsotropicNAT, ViTRPB
+from .ppma import PPMA, RMT
 from .registry import list_backbones
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "IsotropicNAT",
     "MaxViT",
     "NAT",
+    "PPMA",
+    "RMT",
     "ViTRPB",
     "fitting_dilations",
     "list_backbones",

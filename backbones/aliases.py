@@ -19,4 +19,8 @@ ALIASES: dict[str, str] = {
         f"faster_vit_4_21k_{size}_any_res": f"faster_vit_4_21k_{size}"
         for size in (224, 384, 512, 768)
     },
+    # github.com/zhongchenzhao/PPMA
+    "PPMAViT_T": "ppma_tiny",
+    "PPMAViT_S": "ppma_small",
+    "PPMAViT_B": "ppma_base",
 }

@@ -315,7 +315,8 @@ class HierarchicalBackbone(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
-        register_notrace_module(type(stem))
+        for part in (stem, norm):
+            register_notrace_module(type(part))
         self.stem = stem
         self.stages = nn.Sequential(*stages)
         self.norm = norm
@@ -457,7 +458,7 @@ class HierarchicalBackbone(nn.Module):
         Args:
             indices: as `forward_intermediates` takes them.
             prune_norm: drop the final norm (it goes with the last stage in any case).
-            prune_head: drop the classifier.
+            prune_head: drop the classifier (it goes where what it takes is dropped).
 
         Returns:
             The indices from 0, in the order given.
@@ -466,9 +467,10 @@ class HierarchicalBackbone(nn.Module):
         last = max(take)
         if prune_norm or last < len(self.stages) - 1:
             self.norm = nn.Identity()
-        if last < len(self.stages) - 1:
-            self.num_features = self.feature_info[last]["num_chs"]
-            prune_head = True
+            channels = self.feature_info[last]["num_chs"]
+            # The head takes what the norm gives, which may have channels of its own.
+            prune_head |= last < len(self.stages) - 1 or channels != self.num_features
+            self.num_features = channels
         self.stages = self.stages[: last + 1]
         if prune_head:
             self.reset_classifier(0, "")

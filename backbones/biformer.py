@@ -43,12 +43,12 @@ from ..layers.conv import (
     Conv,
     ConvNorm,
     fold_norm_into_previous,
-    prefers_channels_last,
     scale_and_shift,
 )
+from ..layers.depthwise import ResidualDepthwise, depthwise
 from ..layers.linear import Linear
 from ..layers.mlp import Mlp
-from ..layers.routing_attention import RoutingAttention, depthwise
+from ..layers.routing_attention import RoutingAttention
 from ..layers.tracing import is_open
 from ..layers.window_attention import attend, weights_of_tokens
 from .base import ChannelsLastStage, ClassifierHead, HierarchicalBackbone, check_arguments
@@ -137,20 +137,6 @@ class PatchDownsample(nn.Module):
         return self
 
 
-class PositionEncoding(nn.Conv2d):
-    """Depthwise 3x3 convolution, added to its input. NHWC, (B, H, W, dim) to the same."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not prefers_channels_last(x):
-            return x + depthwise(super().forward, x)
-        weight = self.weight.clone()
-        weight[:, :, 1, 1] += 1  # the input itself, without a pass over memory of its own
-        return depthwise(lambda x: self._conv_forward(x, weight, self.bias), x)
-
-
 class GlobalAttention(nn.Module):
     """Multi-head attention of all tokens of a map to each other. NHWC.
 
@@ -224,7 +210,7 @@ class Block(nn.Module):
         self, dim: int, attn: nn.Module, mlp_ratio: float, has_pos_embed: bool, rate: float
     ) -> None:
         super().__init__()
-        self.pos_embed = PositionEncoding(dim) if has_pos_embed else nn.Identity()
+        self.pos_embed = ResidualDepthwise(dim) if has_pos_embed else nn.Identity()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)

@@ -28,7 +28,7 @@ KeyRules = Sequence[tuple[str, str]]
 # Where files keep the weights, best first: averaged ones are what results are published with.
 # Not mmengine's "ema_state_dict": its EMAHook puts the average into "state_dict" and the weights
 # that it is an average of into that one.
-_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "net")
+_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "models", "teacher", "net")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "body.", "graph_module.")
 # timm's feature extractors flatten names so, ours and its own.
 _FLATTENED_RULES = ((r"^stages_(\d+)\.", r"stages.\1."),)
@@ -304,7 +304,11 @@ def unwrap_nesting(checkpoint: Mapping, first: Sequence[str] = ()) -> dict[str, 
     state = checkpoint
     while isinstance(state, Mapping) and not any(torch.is_tensor(v) for v in state.values()):
         nests = (*first, *_NESTS)
-        nest = next((k for k in nests if isinstance(state.get(k), Mapping) and state[k]), None)
+        filled = [k for k in nests if isinstance(state.get(k), Mapping) and state[k]]
+        nest = next(iter(filled), None)
+        others = [k for k in dict.fromkeys(filled) if k != nest]
+        if others:
+            _logger.info("weights are those of %r; the file has %s too", nest, ", ".join(others))
         if nest is None:
             nested = [k for k, v in state.items() if isinstance(v, Mapping)]
             if len(nested) != 1:

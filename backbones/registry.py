@@ -76,7 +76,7 @@ class Weights:
 
     Attributes:
         page: web page that lists the files.
-        files: where the page keeps them.
+        files: where the page keeps them; none where the authors published no weights.
         url: direct link, where there is one that a program can download.
         hf_hub_id: repository of the file on the Hugging Face hub, which timm reads.
         sha256: SHA-256 of the file, where known.
@@ -419,6 +419,11 @@ def _read_weights(registered: Registered, weights: Weights, kwargs: dict[str, An
     cfg = cfg if isinstance(cfg, PretrainedCfg) else PretrainedCfg(**cfg)
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     cfg = replace(cfg, **overlay)
+    if not (cfg.has_weights or cfg.state_dict or weights.files):
+        raise WeightsError(
+            f"no weights of {registered.name} are published: train it, or name a file of your own "
+            "by pretrained=True, pretrained_cfg_overlay=dict(file='FILE')"
+        )
     if not (cfg.has_weights or cfg.state_dict):
         raise WeightsError(
             f"the weights of {registered.name} have no direct link. Download one of "

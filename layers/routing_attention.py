@@ -5,7 +5,7 @@ Legend: B batch, H and W height and width of the map, C channels. All maps are N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,12 @@ from ..kernels.routing_attention.regions import cut
 from .arguments import check_flag, check_number, check_whole_number
 from .attention_maps import AttentionMaps, Point, RoutedRegions, attention_weights
 from .conv import prefers_channels_last
+from .depthwise import depthwise
 from .linear import Linear
 from .resolution import crop, num_windows, pad_axis, padded_length
 from .tracing import Length, is_open, larger, smaller
 from .window_attention import attend
 from .windows import merge, partition
-
-
-def depthwise(conv: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Apply a convolution to an NHWC map, which is an NCHW one in channels-last memory."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
 
 # Values of a strip of the map whose LePE is computed at a time in CPU inference: 4 MiB of float32,
 # which stays in the cache; of enough rows, of which the kernel reaches four more.

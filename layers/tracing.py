@@ -29,6 +29,18 @@ def is_plain_inference() -> bool:
     )
 
 
+def is_eager() -> bool:
+    """Whether operators run as they are called, if under autograd, and no program is made of them.
+
+    False under compilers, exporters, tracing and function transforms.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def is_exporting() -> bool:
     """Whether a program is traced by an exporter, other than by way of Dynamo."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

@@ -289,7 +289,10 @@ def official_checkpoint(name):
 
 @functools.cache
 def _families():
-    """{module: its variants as (parameters, name, class), ascending}; four stages alone."""
+    """{module: its variants as (parameters, name, class), ascending}; four stages alone.
+
+    Those of as many parameters, to a percent or so, are in the order of their names.
+    """
     families = {}
     for name in densezoo.list_backbones():
         model = timm.create_model(name, device="meta")
@@ -298,7 +301,10 @@ def _families():
         size = sum(p.numel() for p in model.parameters())
         variants = families.setdefault(type(model).__module__, [])
         variants.append((size, name, type(model).__name__))
-    return {family: sorted(variants) for family, variants in families.items()}
+    return {
+        family: sorted(variants, key=lambda variant: (round(variant[0], -5), variant[1]))
+        for family, variants in families.items()
+    }
 
 
 def _first_of(variants, every_design):

@@ -44,13 +44,17 @@ def is_large(name):
     return macs * rows * columns / (height * width) > 1e10 or case_file["params"] > 1e8
 
 
-# Every case in float64, which tells most, and the large ones in float32 by the slow tests.
+def is_left_to_slow_tests(name, dtype):
+    """Every case is compared in float64, which tells most; in float32 the small classifiers."""
+    return dtype == torch.float32 and (is_large(name) or CASES[name][1]["mode"] == "dense")
+
+
 COMPARISONS = [
     pytest.param(
         name,
         dtype,
         bound,
-        marks=pytest.mark.slow if is_large(name) and dtype == torch.float32 else (),
+        marks=pytest.mark.slow if is_left_to_slow_tests(name, dtype) else (),
         id=f"{name}-{str(dtype).removeprefix('torch.')}",
     )
     for name in CASES
@@ -109,7 +113,14 @@ def lookup_macs(case_file):
     return total
 
 
-@pytest.mark.parametrize("variant", FILES)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        # Large ones take seconds to trace.
+        pytest.param(variant, marks=pytest.mark.slow if max(file["macs"].values()) > 8e9 else ())
+        for variant, (file, _) in FILES.items()
+    ],
+)
 def test_parameters_and_macs_are_the_official_ones(variant):
     case_file, case = FILES[variant]
     model = timm.create_model(case_file["model_name"], **case["model_kwargs"])
