@@ -6,6 +6,9 @@ slows all alike. A peer is timed once its output, and in training its gradients,
 against the definition in float64. The floor is the time that the operator's FLOPs or its bytes,
 whichever takes longer, need at the rates that this machine was measured to reach in a large
 matrix product of the same dtype and in a large copy.
+
+With ``--fit``, the times of shapes that differ in their maps alone are fitted to a power of the
+number of tokens.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ import numpy as np
 import torch
 
 from ..kernels.runtime import BACKENDS
-from . import neighborhood_peers, routing_peers
+from . import neighborhood_peers, polyline_peers, routing_peers
 from .bench_setup import DTYPES, Setup, describe_run, limit_threads, new_file
 from .count_macs import first_line
 from .kernel_shapes import (
     list_neighborhood_runs,
     list_neighborhood_shapes,
+    list_polyline_runs,
+    list_polyline_shapes,
     list_routing_runs,
     list_routing_shapes,
 )
@@ -47,6 +52,7 @@ PASSES = ("forward", "forward+backward")
 MIN_ROUNDS = 3
 WARMUP = 3  # steps of a peer before its turns: the check's, one on the clock, one for its memory
 TURN_MS = 20.0  # a turn is as many steps as take this long
+LEAST_MAPS = 3  # numbers of tokens that times are fitted to
 # Largest difference from the definition in float64, as a share of the largest value: what
 # rounding makes of long sums in the dtype. Windows that are wrong at borders give 0.1 and more.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -106,6 +112,20 @@ OPERATORS = {
         },
         ("biformer_tiny@224x224",),
         "HEIGHTxWIDTH-hHEADSxCHANNELS-sREGIONS-kTOPK",
+    ),
+    "polyline_attention": Operator(
+        list_polyline_runs,
+        list_polyline_shapes,
+        polyline_peers.PolylineCase,
+        polyline_peers.describe_ours,
+        {
+            OURS: polyline_peers.make_ours,
+            "masks": polyline_peers.make_masks,
+            "flex": polyline_peers.make_flex,
+            "sdpa": polyline_peers.make_sdpa,
+        },
+        ("ppma_tiny@224x224",),
+        "HEIGHTxWIDTH-hHEADSxCHANNELS-FORM-pPATHS",
     ),
 }
 
@@ -319,6 +339,7 @@ def measure(
                 about = {
                     "operator": operator,
                     "shape": shape.name,
+                    "tokens": shape.num_tokens,
                     "runs": " ".join(runs),
                     "pass": name,
                     "bias": plan.has_bias,
@@ -491,6 +512,58 @@ def format_summary(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _but_for_the_map(shape: str) -> str:
+    """Give what a shape's name says after the size of its map."""
+    return shape.partition("-")[2]
+
+
+def check_fit(operators: dict[str, dict[Any, tuple[str, ...]]]) -> None:
+    """Raise a ValueError unless some shapes differ in their maps alone, enough for a fit."""
+    tokens: dict[tuple[str, str], set[int]] = {}
+    for name, shapes in operators.items():
+        for shape in shapes:
+            group = name, _but_for_the_map(shape.name)
+            tokens.setdefault(group, set()).add(shape.num_tokens)
+    if not any(len(numbers) >= LEAST_MAPS for numbers in tokens.values()):
+        raise ValueError(
+            f"--fit takes at least {LEAST_MAPS} shapes that differ in their maps alone: choose "
+            "more with --shapes, such as 'ppma_tiny@*:square' of polyline_attention"
+        )
+
+
+def fit_times(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Fit times to powers of the number of tokens, over shapes that differ in their maps alone.
+
+    Args:
+        rows: as `measure` gives them. Each gets a column `exponent`, the power of its shape's
+            group, pass and peer; None where fewer than 3 numbers of tokens were timed.
+
+    Returns:
+        A line a fit.
+    """
+    lines, groups = [], {}
+    for row in rows:
+        key = row["operator"], _but_for_the_map(row["shape"]), row["pass"], row["peer"]
+        groups.setdefault(key, []).append(row)
+        row["exponent"] = None
+    for (operator, form, name, peer), members in groups.items():
+        timed = [row for row in members if row["median_ms"] is not None]
+        tokens = sorted({row["tokens"] for row in timed})
+        if len(tokens) < LEAST_MAPS:
+            continue
+        x, y = (np.log([row[column] for row in timed]) for column in ("tokens", "median_ms"))
+        exponent, constant = np.polyfit(x, y, 1)
+        furthest = math.exp(np.abs(y - exponent * x - constant).max())
+        for row in members:
+            row["exponent"] = round(float(exponent), 3)
+        lines.append(
+            f"{operator} {form}, {name}: {peer} takes time as tokens^{exponent:.2f} over "
+            f"{len(tokens)} maps of {tokens[0]} to {tokens[-1]} tokens (each within a factor of "
+            f"{furthest:.2f})"
+        )
+    return lines
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``densezoo bench-kernels``."""
     parser.add_argument(
@@ -502,19 +575,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="PATTERN",
         help="published shapes: all, or patterns of their names (56x56-h2x32-k7-d8) or of the "
-        "models and image sizes that meet them, such as 'dinat_mini@*', '*@800x1333*' and "
-        "'*@*:ade20k' (default: "
+        "models and image sizes that meet them, such as 'dinat_mini@*', '*@800x1333*', "
+        "'*@*:ade20k' and 'ppma_tiny@*:square' (default: "
         + ", ".join(f"{ways.default_shapes[0]} of {name}" for name, ways in OPERATORS.items())
         + ")",
     )
     parser.add_argument("--list", action="store_true", help="print the shapes and stop")
     parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="fit times to a power of the number of tokens, over shapes that differ in their maps "
+        f"alone and have at least {LEAST_MAPS} of them",
+    )
+    parser.add_argument(
         "--vs",
         nargs="+",
         metavar="PEER",
         help="what to compare with; all by default: gather (keys and values of each query's "
-        "neighbours or regions copied, then multiplied), flex (FlexAttention, compiled), sdpa "
-        "(attention over the whole map under a mask), natten (where it is installed)",
+        "neighbours or regions copied, then multiplied), masks (masks of all pairs built, then "
+        "softmaxes), flex (FlexAttention, compiled), sdpa (scaled_dot_product_attention under a "
+        "mask), natten (where it is installed)",
     )
     parser.add_argument("--passes", nargs="+", default=list(PASSES), help=", ".join(PASSES))
     parser.add_argument("--backend", help=f"of ours: {', '.join(BACKENDS)}; its own choice if none")
@@ -576,6 +656,8 @@ def run(args: argparse.Namespace) -> None:
     )
     plan.check()
     selected = select_shapes(operators, args.shapes)
+    if args.fit:
+        check_fit(selected)
     if args.list:
         for shapes in selected.values():
             for shape, runs in shapes.items():
@@ -597,11 +679,12 @@ def run(args: argparse.Namespace) -> None:
             for group in measure(operator, shapes, plan, ceilings):
                 print(format_rows(group), flush=True)
                 rows += group
+        fits = fit_times(rows) if args.fit else []
         if file is not None:
             writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
             writer.writeheader()
             writer.writerows({**row, **facts} for row in rows)
-    print(format_summary(rows))
+    print(format_summary(rows), *fits, sep="\n")
     if args.out is not None:
         print(f"rows written to {args.out}")
 
@@ -644,7 +727,7 @@ def _command(args: argparse.Namespace) -> str:
     for name in ("backend", "batch", "dtype", "device", "threads", "repeats", "seconds", "memory"):
         if getattr(args, name) is not None:
             words += [f"--{name}", str(getattr(args, name))]
-    return shlex.join(words + (["--no-bias"] if args.no_bias else []))
+    return shlex.join(words + ["--no-bias"] * args.no_bias + ["--fit"] * args.fit)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 from ..backbones.registry import find_backbone
 from ..kernels.runtime import BACKENDS, check_backend, use_backend
-from . import biformer_transcription
 from .bench_setup import DTYPES, Setup, describe_run, limit_threads, new_file
 from .count_macs import build_model, check_size, count_macs, first_line, input_size
 from .model_arguments import freeze, read_model_arguments
 from .step_memory import measure_peak, measure_saved
 from .tables import format_table
+from .transcriptions import TRANSCRIPTIONS, StageMaps, transcribe
 
 EXAMPLE = (
     "densezoo bench cas_vit_xs --fuse --vs timm:mobilenetv3_large_100 --size 224 224 "
@@ -90,10 +90,8 @@ class Subject:
         arguments = dict(self.arguments)
         if self.is_transcription:
             model = build_model(self.name, size, arguments=arguments)
-            transcription = biformer_transcription.transcribe(self.name, model, arguments)
-            if setup.features_only:
-                return biformer_transcription.StageMaps(transcription)
-            return transcription
+            transcription = transcribe(self.name, model, arguments)
+            return StageMaps(transcription) if setup.features_only else transcription
         model = build_model(self.name, size, features_only=setup.features_only, arguments=arguments)
         return model.eval().fuse() if self.fused else model
 
@@ -159,11 +157,11 @@ def list_subjects(
             subjects.append(Subject(name))
     for peer in peers:
         prefix, _, name = peer.partition(":")
-        if prefix == "transcription" and name in biformer_transcription.VARIANTS:
+        if prefix == "transcription" and name in TRANSCRIPTIONS:
             subjects.append(Subject(name, arguments=arguments, is_transcription=True))
             continue
         if prefix != "timm" or not name:
-            known = ", ".join(biformer_transcription.VARIANTS)
+            known = ", ".join(TRANSCRIPTIONS)
             raise ValueError(
                 f"--vs takes timm:NAME, as in timm:convnext_tiny, and transcription:NAME for "
                 f"{known}, not {peer!r}"
@@ -520,7 +518,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PEER",
         help="what to compare with: timm:NAME, a model of timm (resnet50 is always among them), or "
         "transcription:NAME, a model of densezoo written as its official code computes it, with "
-        "its weights: " + ", ".join(biformer_transcription.VARIANTS),
+        "its weights: " + ", ".join(TRANSCRIPTIONS),
     )
     parser.add_argument(
         "--model-kwargs",

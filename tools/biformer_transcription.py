@@ -12,15 +12,13 @@ h heads, D channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.base import HierarchicalBackbone
-from ..backbones.checkpoints import convert_checkpoint
-from ..backbones.registry import find_backbone
+from .step_memory import OperatorStandIn
 
 HEAD_DIM = 32  # of the routed attentions
 GLOBAL_HEADS = 8
@@ -41,7 +39,7 @@ def to_image(regions: Tensor) -> Tensor:
     return regions.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-class GatheredAttention(nn.Module):
+class GatheredAttention(OperatorStandIn):
     """Attention of every region's tokens to those of the regions that it kept.
 
     Takes query (B, R, T, C), keys and values side by side (B, R, T, 2C) and routes (B, R, k);
@@ -154,6 +152,8 @@ class BiFormerTranscription(nn.Module):
         num_classes: of the classifier.
     """
 
+    HEAD = ("norm", "head")
+
     def __init__(
         self,
         depths: Sequence[int],
@@ -198,50 +198,5 @@ class BiFormerTranscription(nn.Module):
         return self.head(self.norm(self.forward_features(images)[-1]).mean((2, 3)))
 
 
-class StageMaps(nn.Module):
-    """A transcription's stage maps, without its norm and head."""
-
-    def __init__(self, model: BiFormerTranscription) -> None:
-        super().__init__()
-        self.downsample_layers = model.downsample_layers
-        self.stages = model.stages
-
-    forward = BiFormerTranscription.forward_features
-
-
 def _halve(in_chans: int, out_chans: int) -> nn.Conv2d:
     return nn.Conv2d(in_chans, out_chans, 3, stride=2, padding=1)
-
-
-def transcribe(
-    name: str, model: HierarchicalBackbone, arguments: Mapping[str, Any]
-) -> BiFormerTranscription:
-    """Transcribe a model of the zoo, weights included.
-
-    Args:
-        name: of `VARIANTS`.
-        model: the model as `name` and `arguments` build it.
-        arguments: those of `BiFormerTranscription` that are not the variant's own.
-
-    Raises:
-        ValueError: an argument is none of the transcription's.
-    """
-    try:
-        transcription = BiFormerTranscription(**{**VARIANTS[name], **arguments})
-    except TypeError as error:
-        raise ValueError(
-            f"the transcription of {name} cannot be built with {dict(arguments)}: {error}"
-        ) from error
-    registered = find_backbone(name)
-    # Key rules rename entries without copies: what they give is the transcription's own memory.
-    renamed, report = convert_checkpoint(
-        transcription.state_dict(),
-        model,
-        registered.key_rules,
-        first_conv=registered.weights.first_conv,
-    )
-    assert not report.missing and not report.unexpected, report
-    state = model.state_dict()
-    for key, entry in renamed.items():
-        entry.copy_(state[key])
-    return transcription

@@ -16,8 +16,11 @@ import torch
 from torch import nn
 
 from ..backbones import list_backbones
+from ..backbones.ppma import DepthwiseMlp
+from ..layers.depthwise import ResidualDepthwise
 from ..layers.mlp import Mlp
 from ..layers.neighborhood_attention import NeighborhoodAttention
+from ..layers.polyline_attention import PolylineAttention
 from ..layers.routing_attention import RoutingAttention
 from .count_macs import input_size
 
@@ -33,6 +36,12 @@ ANOTHER_SIZE = (512, 672)  # neither square nor what the weights are made for
 # Image sizes of BiFormer beside that of its weights, with regions along an axis of its maps: those
 # of COCO, twice, and ADE20K.
 ROUTED_SIZES = ((ANOTHER_SIZE, 16), ((512, 512), 8), ((800, 1216), 16))
+# Image sizes of PPMA and RMT beside that of their weights: those of COCO, ADE20K and Cityscapes are
+# the last three.
+POLYLINE_SIZES = (ANOTHER_SIZE, (800, 1216), (512, 512), (1024, 1024))
+# Sides of square images from the size of the weights to that of Cityscapes: over these, times are
+# fitted to numbers of tokens.
+SQUARES = (224, 320, 448, 576, 704, 832, 1024)
 
 
 @dataclass(frozen=True, order=True)
@@ -117,6 +126,43 @@ class RoutingShape:
         return 2 * batch * self.num_tokens * self.topk * self.region_area * channels
 
 
+@dataclass(frozen=True, order=True)
+class PolylineShape:
+    """Polyline attention in a layer of a model.
+
+    Attributes:
+        size: height and width of the map, tokens.
+        num_heads: heads.
+        head_dim: channels of a head.
+        form: "full" or "axial".
+        paths: "both", whose decays are learned (PPMA), or "row_first", whose are fixed (RMT).
+    """
+
+    size: tuple[int, int]
+    num_heads: int
+    head_dim: int
+    form: str
+    paths: str
+
+    @property
+    def name(self) -> str:
+        height, width = self.size
+        paths = 2 if self.paths == "both" else 1
+        return f"{height}x{width}-h{self.num_heads}x{self.head_dim}-{self.form}-p{paths}"
+
+    @property
+    def num_tokens(self) -> int:
+        return self.size[0] * self.size[1]
+
+    def count_macs(self, batch: int) -> int:
+        """Count the multiply-accumulates of a forward pass: logits and values."""
+        channels = self.num_heads * self.head_dim
+        if self.form == "full":
+            return 2 * batch * self.num_tokens**2 * channels
+        num_products = 3 if self.paths == "both" else 2
+        return num_products * batch * self.num_tokens * sum(self.size) * channels
+
+
 @dataclass(frozen=True)
 class Run:
     """A model as its published results were made, at an image size.
@@ -181,6 +227,22 @@ def list_routing_runs() -> list[Run]:
     return runs
 
 
+def list_polyline_runs() -> list[Run]:
+    """List what the published results of PPMA and RMT were made with, and some sizes more.
+
+    Every model at the size of its weights and at those of the dense recipes; the smallest ones at
+    square images of growing sides.
+    """
+    runs = []
+    for name in list_backbones():
+        if not name.startswith(("ppma_", "rmt_")):
+            continue
+        runs += [Run(name, size) for size in (input_size(name)[1:], *POLYLINE_SIZES)]
+        if name.endswith("_tiny"):
+            runs += [Run(name, (side, side), note="square") for side in SQUARES]
+    return runs
+
+
 def list_neighborhood_shapes(
     runs: Sequence[Run],
 ) -> dict[NeighborhoodShape, tuple[str, ...]]:
@@ -229,6 +291,18 @@ def list_routing_shapes(runs: Sequence[Run]) -> dict[RoutingShape, tuple[str, ..
     return _list_shapes(runs, RoutingAttention, read)
 
 
+def list_polyline_shapes(runs: Sequence[Run]) -> dict[PolylineShape, tuple[str, ...]]:
+    """List every distinct shape of polyline attention, with the names of runs that meet it.
+
+    Shapes come in order of the runs, and of the layers within.
+    """
+
+    def read(layer: PolylineAttention, size: tuple[int, int], dim: int) -> PolylineShape:
+        return PolylineShape(size, layer.num_heads, dim // layer.num_heads, layer.form, layer.paths)
+
+    return _list_shapes(runs, PolylineAttention, read)
+
+
 def _list_shapes(
     runs: Sequence[Run],
     layer_class: type[nn.Module],
@@ -275,7 +349,8 @@ def _build(
     """Build a model without memory for its weights, whose layers pass on sizes of maps alone."""
     with torch.device("meta"):
         built = timm.create_model(model, **dict(arguments))
+    skipped = layer_class, Mlp, DepthwiseMlp, ResidualDepthwise, nn.LayerNorm
     for layer in built.modules():
-        if isinstance(layer, (layer_class, Mlp, nn.LayerNorm)):
+        if isinstance(layer, skipped):
             layer.forward = lambda x, *others: x
     return built.eval()

@@ -28,6 +28,7 @@ from .operator_cases import (
     Forward,
     attend,
     compile_flex,
+    count_pairs,
     make_block_mask,
     to_heads_first,
     to_map,
@@ -177,7 +178,7 @@ def make_flex(case: NeighborhoodCase, is_training: bool) -> Forward:
     case.check_flex(is_training)
     shape = case.shape
     block_mask = make_window_blocks(shape, case.device)
-    compiled = compile_flex(case, block_mask)
+    compiled = compile_flex(case, count_pairs(case, block_mask))
 
     def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         # In float32, as scores are: the table's gradient is a long sum.

@@ -54,9 +54,13 @@ class AttentionCase:
     memory_limit: int
     backend: str | None = None
 
+    def make_maps(self) -> tuple[Tensor, ...]:
+        """Make what else the operator takes of every token, (B, H, W, ...), on the CPU."""
+        return ()
+
     def make_biases(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Make the operator's biases, shared by all images, in float32 on the CPU."""
-        raise NotImplementedError
+        return ()
 
     def attend_exactly(self, queries: Tensor, *inputs: Tensor) -> Tensor:
         """Compute the definition for the last image's queries.
@@ -71,21 +75,38 @@ class AttentionCase:
         raise NotImplementedError
 
     def count_index_bytes(self) -> int:
-        """Count the bytes of what says which keys a query sees, where that is an input."""
+        """Count the bytes of what says how a query sees keys, where that has no gradient."""
         return 0
+
+    @property
+    def num_softmaxes(self) -> int:
+        """Softmaxes of a query and head."""
+        return 1
 
     @cached_property
     def inputs(self) -> tuple[Tensor, ...]:
-        """Query, key and value (B, H, W, h, D), then the biases if there are."""
+        """Query, key and value (B, H, W, h, D), further maps, then the biases if there are."""
         shape = self.shape
         generator = torch.Generator().manual_seed(0)
         qkv = torch.randn(
             self.batch, *shape.size, 3, shape.num_heads, shape.head_dim, generator=generator
         )
         inputs = qkv.to(self.device, self.dtype).unbind(3)
+        inputs += self.further_maps
         if not self.has_bias:
             return inputs
         return *inputs, *(x.to(self.device, self.dtype) for x in self.make_biases(generator))
+
+    @cached_property
+    def further_maps(self) -> tuple[Tensor, ...]:
+        """What `make_maps` makes, in at least float32."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return tuple(x.to(self.device, dtype) for x in self.make_maps())
+
+    @property
+    def num_maps(self) -> int:
+        """How many of the inputs, the first ones, each image has for itself."""
+        return 3 + len(self.further_maps)
 
     @cached_property
     def grad_out(self) -> Tensor:
@@ -101,17 +122,17 @@ class AttentionCase:
     def count_bytes(self, is_training: bool) -> int:
         """Count the bytes that have to be moved: each input once, each result once.
 
-        Forward, that is q, k, v, the biases, the output and what says which keys are seen.
+        Forward, that is q, k, v, all other inputs, the output and what says which keys are seen.
         Backward reads them and the output's gradient, and writes the gradients; the logarithms of
-        the softmax's denominators, in float32, are written and read once.
+        the softmaxes' denominators, in float32, are written and read once.
         """
         tokens, index = self.inputs[0].nbytes, self.count_index_bytes()
-        biases = sum(x.nbytes for x in self.inputs[3:])
-        forward = 4 * tokens + biases + index
+        others = sum(x.nbytes for x in self.inputs[3:])
+        forward = 4 * tokens + others + index
         if not is_training:
             return forward
-        denominators = 4 * self.inputs[0].numel() // self.shape.head_dim
-        return forward + 8 * tokens + 2 * biases + 2 * denominators + index
+        denominators = 4 * self.num_softmaxes * self.inputs[0].numel() // self.shape.head_dim
+        return forward + 8 * tokens + 2 * others + 2 * denominators + index
 
     def measure_error(self, forward: Forward, is_training: bool) -> float:
         """Measure how far a peer is from the definition, at sampled queries of the last image.
@@ -136,7 +157,8 @@ class AttentionCase:
             grad_out = torch.zeros_like(self.grad_out)
             grad_out[-1].flatten(0, 1)[queries] = self.grad_out[-1].flatten(0, 1)[queries]
             grads = torch.autograd.grad(out, leaves, grad_out)
-            found = [out.detach(), *(grad[-1:] for grad in grads[:3]), *grads[3:]]
+            maps = (grad[-1:] for grad in grads[: self.num_maps])
+            found = [out.detach(), *maps, *grads[self.num_maps :]]
         found[0] = found[0][-1].flatten(0, 1)[queries]
         errors = [
             (a.double() - b).abs().max() / (b.abs().max().item() or 1.0)
@@ -152,7 +174,7 @@ class AttentionCase:
         order = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(2))
         corners = torch.tensor([0, shape.size[1] - 1, num_tokens - shape.size[1], num_tokens - 1])
         queries = torch.cat([corners, order])[:SAMPLES].unique().to(self.device)
-        leaves = [*(x[-1:] for x in self.inputs[:3]), *self.inputs[3:]]
+        leaves = [*(x[-1:] for x in self.inputs[: self.num_maps]), *self.inputs[self.num_maps :]]
         leaves = [x.double().detach().requires_grad_() for x in leaves]
         out = self.attend_exactly(queries, *leaves)
         grad_out = self.grad_out[-1].flatten(0, 1)[queries].double()
@@ -222,11 +244,15 @@ def make_block_mask(
     )
 
 
-def compile_flex(case: AttentionCase, block_mask: BlockMask) -> Forward:
-    """Compile FlexAttention for a case's shape; decline what takes too long on the CPU."""
+def count_pairs(case: AttentionCase, block_mask: BlockMask) -> int:
+    """Count the pairs of query and key that FlexAttention scores under a block mask."""
     num_blocks = int(block_mask.kv_num_blocks.sum() + block_mask.full_kv_num_blocks.sum())
     num_images = case.batch // block_mask.kv_num_blocks.shape[0]
-    num_pairs = num_images * case.shape.num_heads * num_blocks * FLEX_BLOCK**2
+    return num_images * case.shape.num_heads * num_blocks * FLEX_BLOCK**2
+
+
+def compile_flex(case: AttentionCase, num_pairs: int) -> Forward:
+    """Compile FlexAttention for a case's shape; decline what takes too long on the CPU."""
     if case.device.type == "cpu" and num_pairs > CPU_FLEX_PAIRS:
         raise DeclinedError(
             f"it would score {num_pairs:.0e} pairs, over {CPU_FLEX_PAIRS:.0e} takes too long"

@@ -32,6 +32,7 @@ from .operator_cases import (
     Forward,
     attend,
     compile_flex,
+    count_pairs,
     make_block_mask,
     to_heads_first,
     to_map,
@@ -240,7 +241,7 @@ def make_flex(case: RoutingCase, is_training: bool) -> Forward:
     case.check_flex(is_training)
     shape = case.shape
     block_mask = make_region_blocks(case)
-    compiled = compile_flex(case, block_mask)
+    compiled = compile_flex(case, count_pairs(case, block_mask))
     height, width = shape.size
 
     def forward(

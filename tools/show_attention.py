@@ -80,12 +80,28 @@ class Choice:
     Attributes:
         queries: the points whose attention it is.
         block: index of the block in each stage, from 0; negative from the end.
-        head: index of the head, from 0; None for the mean of all.
+        heads: indices of the heads, from 0, each for itself; none for the mean of all.
     """
 
     queries: Sequence[Query] = DEFAULT_QUERIES
     block: int = -1
-    head: int | None = None
+    heads: Sequence[int] = ()
+
+    @property
+    def views(self) -> Sequence[int | None]:
+        """What each row of panels shows: a head, or the mean of all as None."""
+        return self.heads or (None,)
+
+    def describe_heads(self) -> str:
+        """Say in a title which heads are shown."""
+        if not self.heads:
+            return "mean of heads"
+        return f"head{'s' * (len(self.heads) > 1)} {', '.join(map(str, self.heads))}"
+
+    def place(self, seen: Seen, head: int | None) -> str:
+        """Say in a caption where a row of panels is from: stage, block, and head of several."""
+        of_head = f", head {head}" if len(self.heads) > 1 else ""
+        return f"stage {seen.stage}, block {seen.block}{of_head}"
 
     def fractions(self, image: Image.Image) -> list[tuple[float, float]]:
         """Say where the queries are in an image, in fractions of its width and height.
@@ -147,6 +163,8 @@ _REFUSALS = {
     "--show erf shows its receptive field",
     "routed_regions": "routes nothing: --show routing takes BiFormer models, and --show attention "
     "all that attend",
+    "polyline_masks": "has no polyline masks: --show mask takes PPMA and RMT models, and --show "
+    "attention all that attend",
 }
 
 
@@ -194,12 +212,13 @@ def look(
     return [found for _, found in seen.values()]
 
 
-def check_head(choice: Choice, maps: AttentionMaps, seen: Seen, subject: Subject) -> None:
-    """Raise a ValueError unless the attention has the chosen head."""
+def check_heads(choice: Choice, maps: AttentionMaps, seen: Seen, subject: Subject) -> None:
+    """Raise a ValueError unless the attention has the chosen heads."""
     num_heads = maps.weights.shape[1]
-    if choice.head is not None and not 0 <= choice.head < num_heads:
+    missing = [head for head in choice.heads if not 0 <= head < num_heads]
+    if missing:
         raise ValueError(
-            f"--head is {choice.head}: stage {seen.stage} of {subject.name} has heads 0 to "
+            f"--head is {missing[0]}: stage {seen.stage} of {subject.name} has heads 0 to "
             f"{num_heads - 1}"
         )
 
@@ -224,29 +243,49 @@ def draw_attention(
     modules = find_modules(subject, choice, "attention_maps")
     for seen in look(subject, resized, fractions, modules, ["attention_maps"]):
         for kind, maps in seen.answers["attention_maps"].items():
-            check_head(choice, maps, seen, subject)
-            rows.append(_attention_row(subject, resized, seen, kind, maps, choice.head, fractions))
-    height, width = size = resized.height, resized.width
-    heads = "mean of heads" if choice.head is None else f"head {choice.head}"
-    title = f"Attention of {subject.title}, {heads}\n{name} at {height}x{width}, {subject.weights}"
+            check_heads(choice, maps, seen, subject)
+            rows += [
+                attention_row(subject, resized, seen, kind, maps, choice, head, fractions)
+                for head in choice.views
+            ]
+    size = resized.height, resized.width
+    title = f"Attention of {subject.title}, {choice.describe_heads()}"
+    title += say_image(name, resized, subject)
     return draw_panels(image, size, rows, title, "weight, relative to the largest in the panel")
 
 
-def _attention_row(
+def say_image(name: str, resized: Image.Image, subject: Subject) -> str:
+    """Say below a title which image is shown, at which size, and which weights see it."""
+    return f"\n{name} at {resized.height}x{resized.width}, {subject.weights}"
+
+
+def attention_row(
     subject: Subject,
     image: Image.Image,
     seen: Seen,
     kind: str,
     maps: AttentionMaps,
+    choice: Choice,
     head: int | None,
     fractions: Sequence[tuple[float, float]],
 ) -> list[Panel]:
-    """Make the panels of an attention, one a query."""
+    """Make the panels of a head's attention, or of the mean of all, one a query.
+
+    Args:
+        subject: the model.
+        image: of the size that the model saw.
+        seen: what attends.
+        kind: what the attention is, in a few words.
+        maps: its weights.
+        choice: what of the model is shown.
+        head: one of `choice.views`.
+        fractions: x and y of the queries, in fractions of the image.
+    """
     stride = subject.strides[seen.stage]
     weights, elsewhere = weights_of_head(maps, head)
     panels = []
     for i, (x, y) in enumerate(fractions):
-        caption = f"stage {seen.stage}, block {seen.block}: {kind}\n"
+        caption = f"{choice.place(seen, head)}: {kind}\n"
         caption += f"point {i + 1}, largest weight {percent(weights[i].max())}"
         caption += note_elsewhere(
             elsewhere[i], "carriers, padding" if "carriers" in kind else "padding"
@@ -275,38 +314,53 @@ def draw_routing(
     rows, fractions = [], choice.fractions(image)
     modules = find_modules(subject, choice, "routed_regions")
     for seen in look(subject, resized, fractions, modules, ["routed_regions", "attention_maps"]):
-        routed = seen.answers["routed_regions"]
         (maps,) = seen.answers["attention_maps"].values()
-        check_head(choice, maps, seen, subject)
-        weights, elsewhere = weights_of_head(maps, choice.head)
-        stride = subject.strides[seen.stage]
-        height, width = (stride * side for side in routed.size)
-        row = []
-        for i, (x, y) in enumerate(fractions):
-            shares = sum_regions(weights[i], routed.grid, routed.size)
-            others = [divmod(int(route), routed.grid[1]) for route in routed.routes[i]]
-            own = divmod(int(routed.regions[i]), routed.grid[1])
-            tinted = np.zeros_like(shares)
-            for place in others:
-                tinted[place] = shares[place]
-            row.append(
-                Panel(
-                    tinted,
-                    (height, width),
-                    f"stage {seen.stage}, block {seen.block}: {len(set(others))} of "
-                    f"{routed.grid[0]}x{routed.grid[1]} regions\n"
-                    f"point {i + 1}, largest share {percent(tinted.max())}"
-                    + note_elsewhere(elsewhere[i], "padding"),
-                    point=(x * resized.width, y * resized.height),
-                    own=[box(*own, height, width)],
-                    others=[box(*place, height, width) for place in others],
-                )
-            )
-        rows.append(row)
-    height, width = size = resized.height, resized.width
-    title = f"Regions that {subject.title} routes to\n{name} at {height}x{width}, {subject.weights}"
+        check_heads(choice, maps, seen, subject)
+        rows += [
+            _routing_row(subject, resized, seen, choice, head, fractions) for head in choice.views
+        ]
+    size = resized.height, resized.width
+    title = f"Regions that {subject.title} routes to{say_image(name, resized, subject)}"
     bar = "share of the point's attention, relative to the largest in the panel"
     return draw_panels(image, size, rows, title, bar)
+
+
+def _routing_row(
+    subject: Subject,
+    image: Image.Image,
+    seen: Seen,
+    choice: Choice,
+    head: int | None,
+    fractions: Sequence[tuple[float, float]],
+) -> list[Panel]:
+    """Make the panels of routing, one a query; arguments as of `attention_row`."""
+    routed = seen.answers["routed_regions"]
+    (maps,) = seen.answers["attention_maps"].values()
+    weights, elsewhere = weights_of_head(maps, head)
+    stride = subject.strides[seen.stage]
+    height, width = (stride * side for side in routed.size)
+    panels = []
+    for i, (x, y) in enumerate(fractions):
+        shares = sum_regions(weights[i], routed.grid, routed.size)
+        others = [divmod(int(route), routed.grid[1]) for route in routed.routes[i]]
+        own = divmod(int(routed.regions[i]), routed.grid[1])
+        tinted = np.zeros_like(shares)
+        for place in others:
+            tinted[place] = shares[place]
+        panels.append(
+            Panel(
+                tinted,
+                (height, width),
+                f"{choice.place(seen, head)}: {len(set(others))} of "
+                f"{routed.grid[0]}x{routed.grid[1]} regions\n"
+                f"point {i + 1}, largest share {percent(tinted.max())}"
+                + note_elsewhere(elsewhere[i], "padding"),
+                point=(x * image.width, y * image.height),
+                own=[box(*own, height, width)],
+                others=[box(*place, height, width) for place in others],
+            )
+        )
+    return panels
 
 
 def weights_of_head(maps: AttentionMaps, head: int | None) -> tuple[np.ndarray, np.ndarray]:

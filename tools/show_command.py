@@ -1,4 +1,4 @@
-"""``densezoo predict --show``: pictures of the routing, the attention or the receptive field."""
+"""``densezoo predict --show``: pictures of routing, attention, masks or the receptive field."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .show_attention import (
     find_modules,
 )
 from .show_erf import draw_erf, fill
+from .show_mask import draw_mask
 from .show_model import Subject, build_subject
 from .show_pictures import check_matplotlib
 
@@ -30,6 +31,7 @@ from .show_pictures import check_matplotlib
 _ON_IMAGES: dict[str, tuple[Callable[..., bytes], str]] = {
     "routing": (draw_routing, "routed_regions"),
     "attention": (draw_attention, "attention_maps"),
+    "mask": (draw_mask, "polyline_masks"),
 }
 SHOWS = (*_ON_IMAGES, "erf")
 
@@ -39,13 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "to see what a model does",
         "--show draws pictures of a MODEL, the name of one or a config, in the place of "
-        "predictions: NAME_routing.png, NAME_attention.png of each image, MODEL_erf.png of all.",
+        "predictions: NAME_routing.png, NAME_attention.png, NAME_mask.png of each image, "
+        "MODEL_erf.png of all.",
     )
     group.add_argument(
         "--show",
         choices=SHOWS,
         help="routing: the regions that points of an image are routed to (BiFormer); attention: "
-        "what they attend to; erf: the effective receptive field over the images, of any model",
+        "what they attend to; mask: how far the decays of paths let them see, beside what they "
+        "attend to (PPMA, RMT); erf: the effective receptive field over the images, of any model",
     )
     group.add_argument(
         "--weights",
@@ -73,7 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="index of the block of each stage, from 0, or from the end with a minus (default: -1)",
     )
     group.add_argument(
-        "--head", type=int, help="index of a head, from 0 (default: the mean of all)"
+        "--head",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="indices of heads, from 0, each shown for itself (default: the mean of all)",
     )
     group.add_argument(
         "--model-kwargs",
@@ -106,7 +114,7 @@ def run(args: argparse.Namespace, images: Sequence[Path], device: str) -> None:
         _draw_summary(args, images, device)
         return
     queries = [Query.parse(word) for word in args.points] if args.points else DEFAULT_QUERIES
-    choice = Choice(queries, -1 if args.block is None else args.block, args.head)
+    choice = Choice(queries, -1 if args.block is None else args.block, args.head or ())
     jobs = plan_jobs(images, Path(args.out), overwrite=args.overwrite, show=args.show)
     if not all(query.is_fraction for query in queries):
         for job in jobs:

@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .biformer_transcription import GatheredAttention
+
+class OperatorStandIn(nn.Module):
+    """Plain PyTorch that stands for one of the zoo's operators in a transcription."""
 
 
 @contextlib.contextmanager
@@ -61,8 +63,8 @@ def measure_peak(step: Callable[[], Any], device: torch.device) -> float:
 class _SavedBytes(TorchFunctionMode):
     """Adds up what attention operators save for backward while it is on.
 
-    Operators are the zoo's own and the modules that stand for them in transcriptions. A storage
-    counts once, whole, and that of a parameter not at all.
+    Operators are the zoo's own and what stands for them in transcriptions. A storage counts once,
+    whole, and that of a parameter not at all.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -97,14 +99,14 @@ def measure_saved(model: nn.Module, images: torch.Tensor) -> float | None:
     None for a model without any; what plain PyTorch saves in their place is not found either.
     """
     saved = _SavedBytes(model)
-    gathered = [m for m in model.modules() if isinstance(m, GatheredAttention)]
-    for module in gathered:
+    modules = [m for m in model.modules() if isinstance(m, OperatorStandIn)]
+    for module in modules:
         module.forward = functools.partial(saved.watch, module.forward)
     try:
         with saved:
             outputs = model(images)  # kept until all is counted: freed memory is used anew
     finally:
-        for module in gathered:
+        for module in modules:
             del module.forward
     del outputs
     return sum(saved.storages.values()) / 2**20 if saved.is_found else None

@@ -1,6 +1,6 @@
 """A run of mmengine's that takes a second: for the tests of hooks, and to be killed by them.
 
-As a script, ``small_run.py WORK_DIR SEED`` trains in processes that it kills at random moments,
+As a script, ``small_run.py WORK_DIR SEED KILLS`` trains in processes that it kills at random moments,
 and checks after each what is left.
 """
 
@@ -89,7 +89,7 @@ def make_runner(work_dir, *, figures=None, size=0, hooks=(), resume_from=None, *
     )
 
 
-def _kill_runs(work_dir: Path, seed: int, kills: int = 12) -> None:
+def _kill_runs(work_dir: Path, seed: int, kills: int) -> None:
     """Start a run, kill it, look at what is left, and go on from there."""
     generator = random.Random(seed)
     record = work_dir / "last_checkpoint"
@@ -121,4 +121,4 @@ def _kill_runs(work_dir: Path, seed: int, kills: int = 12) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _kill_runs(Path(sys.argv[1]), int(sys.argv[2]))
+    _kill_runs(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -122,14 +122,14 @@ def test_a_transcription_with_other_outputs_than_its_model_is_refused(features_o
     arguments = (("depths", (1, 1, 1, 1)),)
     subject = Subject("biformer_tiny", arguments=arguments, is_transcription=True)
     bench_throughput.check_transcription(subject, (64, 96), setup)
-    transcribe = bench_throughput.biformer_transcription.transcribe
+    transcribe = bench_throughput.transcribe
 
     def transcribe_wrongly(*args):
         model = transcribe(*args)
         model.stages[3][0].attn.scale *= 1.01
         return model
 
-    monkeypatch.setattr(bench_throughput.biformer_transcription, "transcribe", transcribe_wrongly)
+    monkeypatch.setattr(bench_throughput, "transcribe", transcribe_wrongly)
     with pytest.raises(RuntimeError, match="differ by"):
         bench_throughput.check_transcription(subject, (64, 96), setup)
 

@@ -17,24 +17,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densezoo.backbones import list_backbones
 from densezoo.kernels import neighborhood_attention
-from densezoo.tools import bench_kernels, neighborhood_peers, routing_peers
+from densezoo.tools import bench_kernels, neighborhood_peers, polyline_peers, routing_peers
 from densezoo.tools.bench_kernels import OPERATORS, OURS, Ceilings, Plan, measure, select_shapes
 from densezoo.tools.bench_setup import Setup
 from densezoo.tools.cli import build_parser, main
 from densezoo.tools.kernel_shapes import (
     NeighborhoodShape,
+    PolylineShape,
     RoutingShape,
+    Run,
     list_neighborhood_runs,
     list_neighborhood_shapes,
 )
 from densezoo.tools.neighborhood_peers import NeighborhoodCase, window_keys
 from densezoo.tools.operator_cases import SAMPLES, DeclinedError
+from densezoo.tools.polyline_peers import PolylineCase
 from densezoo.tools.routing_peers import RoutingCase
 from densezoo.tools.step_memory import measure_peak
 
 CASES = Path(__file__).parents[1] / "data" / "parity" / "ops" / "na2d.json"
 NAME = "neighborhood_attention"
 ROUTING = "routing_attention"
+POLYLINE = "polyline_attention"
 CEILINGS = Ceilings(flops=1e11, bytes=1e10)
 
 # Maps that are not square, dilations that don't divide them, an axis of two blocks and a bit.
@@ -64,17 +68,43 @@ ROUTED_SHAPES = [
 ]
 
 
+# All forms, and maps of one row.
+MASKED_SHAPES = [
+    PolylineShape(size, 2, 16, form, paths)
+    for size, form, paths in [
+        ((5, 7), "full", "both"),
+        ((9, 4), "full", "row_first"),
+        ((5, 7), "axial", "both"),
+        ((9, 4), "axial", "row_first"),
+        ((1, 6), "full", "both"),
+        ((1, 6), "axial", "both"),
+    ]
+]
+
+WAYS = {
+    NeighborhoodShape: (NeighborhoodCase, neighborhood_peers),
+    RoutingShape: (RoutingCase, routing_peers),
+    PolylineShape: (PolylineCase, polyline_peers),
+}
+
+
 def named(shapes):
     return pytest.mark.parametrize("shape", shapes, ids=lambda shape: shape.name)
 
 
 def make_case(shape, *, batch=2, dtype=torch.float32, has_bias=True, memory_limit=2**30, **kwargs):
-    case = RoutingCase if isinstance(shape, RoutingShape) else NeighborhoodCase
+    case, _ = WAYS[type(shape)]
     return case(shape, batch, dtype, torch.device("cpu"), has_bias, memory_limit, **kwargs)
 
 
 def peers_of(shape):
-    return routing_peers if isinstance(shape, RoutingShape) else neighborhood_peers
+    return WAYS[type(shape)][1]
+
+
+def list_makers(shape, without=("make_flex", "make_natten")):
+    """List what makes the peers of a shape, ours included, but for those that are compiled."""
+    operator = next(ways for ways in OPERATORS.values() if ways.make_case is type(make_case(shape)))
+    return [make for make in operator.peers.values() if make.__name__ not in without]
 
 
 def list_windows():
@@ -127,11 +157,12 @@ def test_flex_attentions_mask_and_scores_give_the_reference(shape):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@named(ROUTED_SHAPES)
-def test_flex_attention_in_the_order_of_regions_is_the_definition(shape, monkeypatch):
-    monkeypatch.setattr(routing_peers, "compile_flex", lambda case, block_mask: flex_attention)
+@named(ROUTED_SHAPES + MASKED_SHAPES)
+def test_flex_attention_by_regions_and_by_paths_is_the_definition(shape, monkeypatch):
+    peers = peers_of(shape)
+    monkeypatch.setattr(peers, "compile_flex", lambda case, num_pairs: flex_attention)
     case = make_case(shape, dtype=torch.float64)
-    assert case.measure_error(routing_peers.make_flex(case, False), False) < 1e-12
+    assert case.measure_error(peers.make_flex(case, False), False) < 1e-12
 
 
 @named([NeighborhoodShape((20, 40), 1, 16, 7, 1), NeighborhoodShape((40, 20), 1, 16, 5, 3),
@@ -155,18 +186,30 @@ def test_block_masks_are_those_that_pytorch_makes_of_all_pairs(shape):
     assert block_mask.seq_lengths == wanted.seq_lengths
 
 
-@named(ODD_SHAPES + ROUTED_SHAPES)
+@named(ODD_SHAPES + ROUTED_SHAPES + MASKED_SHAPES)
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "plain"])
-@pytest.mark.parametrize("make", ["make_ours", "make_gather", "make_sdpa"])
-def test_peers_are_the_definition_with_their_gradients(make, shape, has_bias):
+def test_peers_are_the_definition_with_their_gradients(shape, has_bias):
     case = make_case(shape, dtype=torch.float64, has_bias=has_bias)
-    for is_training in (False, True):
-        forward = getattr(peers_of(shape), make)(case, is_training)
-        assert case.measure_error(forward, is_training) < 1e-12
+    makers = list_makers(shape)
+    assert len(makers) == 3
+    for make in makers:
+        for is_training in (False, True):
+            error = case.measure_error(make(case, is_training), is_training)
+            assert error < 1e-12, make.__name__
+
+
+@named(MASKED_SHAPES[:4])
+def test_decays_stay_in_float32_beside_half_precision(shape):
+    case = make_case(shape, dtype=torch.bfloat16)
+    decays = case.further_maps or case.fixed_decays
+    assert [x.dtype for x in decays] == [torch.float32] * 2
+    for make in list_makers(shape):
+        for is_training in (False, True):
+            assert case.measure_error(make(case, is_training), is_training) < 5e-2
 
 
 @pytest.mark.slow
-@named(ODD_SHAPES[2:4] + ROUTED_SHAPES[2:3])
+@named(ODD_SHAPES[2:4] + ROUTED_SHAPES[2:3] + MASKED_SHAPES[:4])
 def test_compiled_flex_attention_is_the_definition(shape):
     case = make_case(shape)
     assert case.measure_error(peers_of(shape).make_flex(case, False), False) < 1e-5
@@ -216,19 +259,27 @@ def test_peers_that_need_more_memory_or_have_no_backward_pass_are_declined():
     shapes = (
         NeighborhoodShape((64, 64), 1, 8, 3, 1),
         RoutingShape((64, 64), 1, 8, (8, 8), (8, 8), 9),
+        PolylineShape((32, 32), 1, 8, "full", "both"),
+        PolylineShape((64, 64), 1, 8, "axial", "row_first"),
     )
     for shape in shapes:
         case, peers = make_case(shape, memory_limit=2**20), peers_of(shape)
-        for make in (peers.make_gather, peers.make_sdpa):
+        for make in list_makers(shape, without=("make_ours", "make_flex", "make_natten")):
             with pytest.raises(DeclinedError, match="GiB, the limit is"):
                 make(case, False)
         with pytest.raises(DeclinedError, match="no backward pass on the CPU"):
             peers.make_flex(case, True)
 
 
-def test_memory_that_peers_of_routing_attention_are_said_to_need_is_about_what_they_take():
-    shape = RoutingShape((32, 32), 2, 32, (4, 4), (8, 8), 4)
-    for make in (routing_peers.make_gather, routing_peers.make_sdpa):
+@named(
+    [
+        RoutingShape((32, 32), 2, 32, (4, 4), (8, 8), 4),
+        PolylineShape((16, 20), 2, 16, "full", "both"),
+        PolylineShape((48, 56), 2, 16, "axial", "both"),
+    ]
+)
+def test_memory_that_peers_are_said_to_need_is_about_what_they_take(shape):
+    for make in list_makers(shape, without=("make_ours", "make_flex")):
         for is_training in (False, True):
             case = make_case(shape)
             step = bench_kernels._make_step(make(case, is_training), case, is_training)
@@ -240,14 +291,20 @@ def test_memory_that_peers_of_routing_attention_are_said_to_need_is_about_what_t
 
 
 @pytest.mark.parametrize(
-    ("shape", "biases", "routes"),
+    ("shape", "others", "index", "softmaxes"),
     [
-        (NeighborhoodShape((9, 14), 2, 16, 3, 2), 2 * 5 * 5 * 4, 0),
-        (RoutingShape((9, 14), 2, 16, (4, 4), (3, 4), 3), 2 * 2 * 16 * 4, 2 * 16 * 3 * 8),
+        (NeighborhoodShape((9, 14), 2, 16, 3, 2), 2 * 5 * 5 * 4, 0, 1),
+        (RoutingShape((9, 14), 2, 16, (4, 4), (3, 4), 3), 2 * 2 * 16 * 4, 2 * 16 * 3 * 8, 1),
+        (PolylineShape((9, 14), 2, 16, "full", "both"), 2 * 2 * 9 * 14 * 2 * 4, 0, 2),
+        (PolylineShape((9, 14), 2, 16, "full", "row_first"), 0, 2 * 4, 1),
+        (PolylineShape((9, 14), 2, 16, "axial", "both"), 2 * 2 * 9 * 14 * 2 * 4, 0, 2),
+        (PolylineShape((9, 14), 2, 16, "axial", "row_first"), 0, 2 * 4, 2),
     ],
-    ids=[NAME, ROUTING],
+    ids=lambda value: getattr(value, "name", ""),
 )
-def test_flops_are_those_of_pytorchs_counter_and_bytes_those_of_the_tensors(shape, biases, routes):
+def test_flops_are_those_of_pytorchs_counter_and_bytes_those_of_the_tensors(
+    shape, others, index, softmaxes
+):
     case = make_case(shape, backend="cpu")
     leaves = [x.detach().requires_grad_() for x in case.inputs]
     forward = peers_of(shape).make_ours(case, True)
@@ -257,9 +314,9 @@ def test_flops_are_those_of_pytorchs_counter_and_bytes_those_of_the_tensors(shap
             if is_training:
                 torch.autograd.grad(out, leaves, case.grad_out)
         assert case.count_flops(is_training) == counter.get_total_flops()
-    tokens, denominators = 2 * 9 * 14 * 32 * 4, 2 * 9 * 14 * 2 * 4
-    assert case.count_bytes(False) == 4 * tokens + biases + routes
-    assert case.count_bytes(True) == 12 * tokens + 3 * biases + 2 * denominators + 2 * routes
+    tokens, denominators = 2 * 9 * 14 * 32 * 4, softmaxes * 2 * 9 * 14 * 2 * 4
+    assert case.count_bytes(False) == 4 * tokens + others + index
+    assert case.count_bytes(True) == 12 * tokens + 3 * others + 2 * denominators + 2 * index
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +437,35 @@ def test_shapes_of_routing_attention_are_the_stages_of_its_runs_in_both_forms():
         assert [shape for shape, names in shapes.items() if run in names] == wanted
 
 
+MASKED_STAGES = {
+    "ppma_tiny@800x1216": [
+        (200, 304, 4, 16, "axial"), (100, 152, 4, 32, "axial"), (50, 76, 8, 32, "full"),
+        (25, 38, 16, 32, "full"),
+    ],
+    "ppma_base@224x224": [
+        (56, 56, 5, 16, "axial"), (28, 28, 5, 32, "axial"), (14, 14, 10, 32, "axial"),
+        (7, 7, 16, 32, "full"),
+    ],
+    "rmt_tiny@1024x1024:square": [
+        (256, 256, 4, 16, "axial"), (128, 128, 4, 32, "axial"), (64, 64, 8, 32, "full"),
+        (32, 32, 16, 32, "full"),
+    ],
+}  # fmt: skip
+
+
+def test_shapes_of_polyline_attention_are_the_stages_of_its_runs():
+    shapes = select_shapes([POLYLINE], list(MASKED_STAGES))[POLYLINE]
+    for run, stages in MASKED_STAGES.items():
+        paths = "row_first" if run.startswith("rmt") else "both"
+        wanted = [PolylineShape(stage[:2], *stage[2:], paths) for stage in stages]
+        assert [shape for shape, names in shapes.items() if run in names] == wanted
+    names = {shape.name for shape in shapes}
+    assert {"200x304-h4x16-axial-p2", "64x64-h8x32-full-p1"} < names
+    squares = select_shapes([POLYLINE], ["ppma_tiny@*:square"])[POLYLINE]
+    sides = sorted(shape.size[0] for shape in squares if shape.name.endswith("-h4x16-axial-p2"))
+    assert (sides[0], sides[-1]) == (224 // 4, 1024 // 4) and len(sides) == 7
+
+
 def test_operators_are_selected_by_what_is_asked_for():
     runs = ["dinat_isotropic_small@224x224", "biformer_tiny@224x224"]
     selected = select_shapes([NAME, ROUTING], runs)
@@ -456,8 +542,8 @@ def test_rows_say_machine_versions_and_the_command_that_repeats_them(result):
 
 def test_tables_and_a_summary_of_operators_are_printed_in_bfloat16_without_bias_too(capfd):
     shapes = "14x14-h12x32-k7-d2", "14x14-h8x32-s7-k16"
-    argv = f"bench-kernels --shapes {' '.join(shapes)} --vs gather sdpa natten --no-bias"
-    argv += " --dtype bfloat16 --repeats 3 --device cpu --passes forward"
+    argv = f"bench-kernels {NAME} {ROUTING} --shapes {' '.join(shapes)} --vs gather sdpa natten"
+    argv += " --no-bias --dtype bfloat16 --repeats 3 --device cpu --passes forward"
     assert main(argv.split()) == 0
     lines = capfd.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("shape "))
@@ -477,6 +563,58 @@ def test_tables_and_a_summary_of_operators_are_printed_in_bfloat16_without_bias_
     ]
 
 
+def test_times_are_fitted_to_a_power_of_tokens_over_maps_of_a_shape_pass_and_peer():
+    def rows_of(peer, sizes, time):
+        return [
+            {
+                "operator": POLYLINE,
+                "shape": f"{size}x{size}-h2x8-full-p2",
+                "pass": "forward",
+                "peer": peer,
+                "tokens": size**2,
+                "median_ms": time(size**2),
+            }
+            for size in sizes
+        ]
+
+    rows = rows_of("ours", (5, 10, 20), lambda tokens: 3e-3 * tokens**1.5)
+    rows += rows_of("masks", (5, 10, 20, 40), lambda tokens: tokens**2 if tokens < 900 else None)
+    rows += rows_of("sdpa", (5, 10), lambda tokens: tokens)
+    lines = bench_kernels.fit_times(rows)
+    assert [row["exponent"] for row in rows] == [1.5] * 3 + [2.0] * 4 + [None] * 2
+    assert lines == [
+        f"{POLYLINE} h2x8-full-p2, forward: {peer} takes time as tokens^{power} over 3 maps of 25 "
+        "to 400 tokens (each within a factor of 1.00)"
+        for peer, power in (("ours", "1.50"), ("masks", "2.00"))
+    ]
+
+
+def test_exponents_of_each_form_are_printed_and_written(tmp_path, capfd, monkeypatch):
+    runs = [Run("ppma_tiny", (side, side)) for side in (64, 96, 128)]
+    replaced = dataclasses.replace(OPERATORS[POLYLINE], list_runs=lambda: runs)
+    monkeypatch.setitem(bench_kernels.OPERATORS, POLYLINE, replaced)
+    # What other tests measure, and takes most of the time.
+    monkeypatch.setattr(bench_kernels, "measure_ceilings", lambda setup: CEILINGS)
+    monkeypatch.setattr(bench_kernels, "measure_peak", lambda step, device: 0.0)
+    argv = f"bench-kernels {POLYLINE} --fit --shapes ppma_tiny@* --vs masks --passes forward"
+    argv += f" --repeats 3 --device cpu --out {tmp_path / 'rows.csv'}"
+    assert main(argv.split()) == 0
+    rows = read_rows(tmp_path / "rows.csv")
+    assert all("--fit" in shlex.split(row["command"]) for row in rows)
+    assert [row["tokens"] for row in rows[:8:2]] == ["256", "64", "16", "4"]
+    lines = [line for line in capfd.readouterr().out.splitlines() if "tokens^" in line]
+    forms = ("h4x16-axial-p2", "h4x32-axial-p2", "h8x32-full-p2", "h16x32-full-p2")
+    groups = [(form, peer) for form in forms for peer in ("ours", "masks")]
+    for line, (form, peer) in zip(lines, groups, strict=True):
+        (exponent,) = {
+            row["exponent"] for row in rows if row["shape"].endswith(form) and row["peer"] == peer
+        }
+        start, _, rest = line.partition("^")
+        assert start == f"{POLYLINE} {form}, forward: {peer} takes time as tokens"
+        # Printed with two digits, written with three.
+        assert float(rest.split()[0]) == pytest.approx(float(exponent), abs=0.0056)
+
+
 def test_shapes_are_listed_with_their_runs(capfd):
     assert main("bench-kernels --list --shapes dinat_isotropic_base@*".split()) == 0
     assert capfd.readouterr().out.splitlines() == [
@@ -488,10 +626,11 @@ def test_shapes_are_listed_with_their_runs(capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("neighbourhood_attention", "one of neighborhood_attention, routing_attention is taken"),
+        ("neighbourhood_attention", "routing_attention, polyline_attention is taken"),
+        ("polyline_attention --fit", "--fit takes at least 3 shapes that differ in their maps"),
         ("--shapes dinat_mimi@*", "--shapes 'dinat_mimi@*' matches no shape"),
-        ("--shapes 56x56-h3x31-k7-d1", "'56x56-h3x31-k7-d1' matches no shape"),
-        ("--vs flax", "'flax': one of flex, gather, natten, sdpa is taken"),
+        ("routing_attention --shapes 56x56-h3x31-k7-d1", "'56x56-h3x31-k7-d1' matches no shape"),
+        ("--vs flax", "'flax': one of flex, gather, masks, natten, sdpa is taken"),
         ("--passes backward", "'backward': one of forward, forward+backward is taken"),
         ("--backend cuda", "backend is 'cuda': one of triton, cpu, reference is taken"),
         ("--dtype float64", "float32, bfloat16, float16"),

@@ -365,9 +365,10 @@ def test_what_the_maps_of_a_config_do_not_depend_on_is_left_out(cases):
     assert "backbone.out_norms.3.weight" in converted.unused
 
 
-# RetinaNets, whose norm of the first map no head takes: config and its options, case of the
-# backbone's weights, the classifier's own entries, channels of each norm, entries of a norm.
-RETINANETS = {
+# Detectors and segmenters of other families: config, its options, case of the backbone's weights,
+# the classifier's own entries, channels of each norm, entries of a norm. No head of the RetinaNets
+# takes the norm of the first map.
+OTHER_FAMILIES = {
     "cas_vit": (
         "retinanet_cas_vit_xs_fpn_1x_coco",
         [],
@@ -384,36 +385,50 @@ RETINANETS = {
         {f"extra_norms.{i}": 64 * 2**i for i in range(4)},
         ("weight", "bias"),
     ),
+    "ppma": (
+        "mask_rcnn_ppma_tiny_fpn_1x_coco",
+        [],
+        "ppma_tiny",
+        ("proj.", "norm.", "head."),
+        {f"outnorm{i}": 64 * 2**i for i in range(4)},
+        ("weight", "bias"),
+    ),
+    "ppma_segmenter": (
+        "upernet_ppma_tiny_160k_cityscapes",
+        [],
+        "ppma_tiny",
+        ("proj.", "norm.", "head."),
+        {f"outnorm{i}": 64 * 2**i for i in range(4)},
+        ("weight", "bias"),
+    ),
 }
 
 
-@pytest.mark.parametrize("family", RETINANETS)
-def test_official_detectors_of_other_families_convert(family):
-    config, options, variant, of_classifier, norms, entries = RETINANETS[family]
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_official_files_of_other_families_convert(name):
+    config, options, variant, of_classifier, norms, entries = OTHER_FAMILIES[name]
     case_file, case = next(c for c in load_cases().values() if c[0]["variant"] == variant)
-    official = make_checkpoint(case_file, case)["model"]
+    (official,) = make_checkpoint(case_file, case).values()
+    # Some files hold what the official model computes, too.
+    derived = {key: torch.zeros(size) for key, size, kind in case_file["keys"] if kind == "derived"}
     body = {
         f"backbone.{key}": value
-        for key, value in official.items()
+        for key, value in (official | derived).items()
         if not key.startswith(of_classifier)
     }
     cfg = load_config(config, [*options, "model.backbone.init_cfg=None"])
-    with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device("meta"):
         model = MODELS.build(cfg.model)
     for i, (norm, dim) in enumerate(norms.items()):
         body |= {f"backbone.{norm}.{entry}": torch.full((dim,), i + 1.0) for entry in entries}
-    parts = {
-        f"{part}.{key}": value
-        for part in ("neck", "bbox_head")
-        for key, value in getattr(model, part).state_dict().items()
-    }
+    own = model.state_dict()
+    parts = {key: value for key, value in own.items() if not key.startswith("backbone.")}
     converted = convert({"state_dict": body | parts}, model)
-    assert {name.split(".")[2] for name in converted.unused} == {"0"}
-    for i in (1, 2, 3):
+    is_retinanet = config.startswith("retinanet")
+    assert {name.split(".")[2] for name in converted.unused} == ({"0"} if is_retinanet else set())
+    for i in range(is_retinanet, 4):
         assert converted.state_dict[f"backbone.out_norms.{i}.bias"].eq(i + 1).all()
-    shapes = [
-        {k: v.shape for k, v in d.items()} for d in (converted.state_dict, model.state_dict())
-    ]
+    shapes = [{k: v.shape for k, v in state.items()} for state in (converted.state_dict, own)]
     assert shapes[0] == shapes[1]
 
 

@@ -14,6 +14,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
+from oracles import PeakMemory
 from PIL import Image
 
 from densezoo.tools.cli import main
@@ -374,7 +375,28 @@ needs_proc = pytest.mark.skipif(
 )
 
 
+def test_windows_hold_the_logits_the_labels_and_one_window_whatever_their_number():
+    """By the bytes of tensors; resident memory is measured by the slow tests."""
+    model, images = build_segmentor(num_classes=16), make_images(1, 3, 256, 256)
+    peaks = []
+    for image, test_cfg in (
+        (images[..., :128, :128], WHOLE),
+        (images, slide(128, 128)),
+        (images, slide(128, 64)),
+        (images, WHOLE),
+    ):
+        with PeakMemory() as memory:
+            predict(model, image, test_cfg)
+        peaks.append(memory.peak)
+    window, few, many, whole = peaks
+    logits, labels = 16 * 4 * 256**2, 8 * 256**2
+    assert few < logits + labels + window
+    assert many == few
+    assert whole > few + window
+
+
 @needs_proc
+@pytest.mark.slow
 def test_windows_need_the_logits_the_labels_and_one_window_whatever_their_number():
     logits, labels, window, few, many, whole = measure_memory(1536, 384)
     assert few < logits + labels + 1.5 * window

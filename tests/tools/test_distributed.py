@@ -340,6 +340,7 @@ def test_an_error_in_one_process_ends_all_and_is_said_once_with_its_rank(digits,
     _assert_gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_is_named(digits, tmp_path):
     settings = _light(digits, tmp_path)
     settings["custom_hooks"][0]["end"] = "kill"
@@ -390,7 +391,8 @@ def test_data_of_another_length_in_one_process_is_named_before_the_run(digits, t
     assert not list(tmp_path.glob("*.pth"))
 
 
-@pytest.mark.parametrize("mistake", ["data", pytest.param("work_dir", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["data", "work_dir"])
 def test_a_mistake_that_all_processes_meet_is_said_once(mistake, digits, tmp_path):
     settings = _light(digits, tmp_path)
     work_dir = tmp_path / "run"
@@ -430,6 +432,7 @@ def test_two_processes_test_as_one(digits, tmp_path):
     assert figures["one"] == figures["two"]
 
 
+@pytest.mark.slow
 def test_fully_sharded_training_takes_the_steps_of_one_process(digits, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, batch_size in ((one, 4), (two, 2)):

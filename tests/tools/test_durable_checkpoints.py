@@ -213,9 +213,10 @@ def test_a_log_that_finds_no_room_ends_a_run_in_one_line():
         run_loop(write)
 
 
-def test_runs_killed_at_random_moments_leave_a_last_checkpoint_that_loads(tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_runs_killed_at_random_moments_leave_a_last_checkpoint_that_loads(kills, tmp_path):
     script = Path(__file__).with_name("small_run.py")
-    command = [sys.executable, str(script), str(tmp_path), "0"]
+    command = [sys.executable, str(script), str(tmp_path), "0", str(kills)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]

@@ -211,14 +211,15 @@ def segmenter_options(tmp_path):
     ]
 
 
-def test_a_killed_classifier_ends_as_one_that_was_not(tmp_path, classifier_options):
+def test_a_killed_classifier_without_a_seed_ends_as_one_that_was_not(tmp_path, classifier_options):
     # In the second epoch, then while its end is validated.
     points = [(8, 0.0), (10.5, 0.0)]
-    _kill_and_resume(tmp_path, CLASSIFIER, classifier_options, "epoch_3.pth", points, seed=7)
+    _kill_and_resume(tmp_path, CLASSIFIER, classifier_options, "epoch_3.pth", points)
 
 
+@pytest.mark.slow
 def test_a_killed_segmenter_without_a_seed_ends_as_one_that_was_not(tmp_path, segmenter_options):
-    # While the second validation runs; the slow tests kill it at ten places.
+    # While the second validation runs; the test below kills it at ten places.
     points = [(8.5, 0.0)]
     _kill_and_resume(tmp_path, SEGMENTER, segmenter_options, "iter_12.pth", points)
 

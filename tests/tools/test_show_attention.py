@@ -60,6 +60,8 @@ SHALLOW = {
     "faster_vit_0": ["depths=(1,1,2,1)", "window_size=4"],
     "biformer_tiny": ["depths=(1,1,1,1)"],
     "nat_isotropic_small": ["depths=(2,)"],
+    "ppma_tiny": ["depths=(1,1,1,1)"],
+    "rmt_tiny": ["depths=(1,1,1,1)"],
 }
 KINDS = {
     "nat_mini": ["neighborhood 7x7"] * 4,
@@ -70,6 +72,8 @@ KINDS = {
     "faster_vit_0": ["carriers", "window 4x4 and carriers", "window 4x4"],
     "biformer_tiny": ["1 of 49 regions", "4 of 49 regions", "16 of 49 regions", "all positions"],
     "nat_isotropic_small": ["neighborhood 7x7"],
+    "ppma_tiny": ["axial, both paths"] * 2 + ["full, both paths"] * 2,
+    "rmt_tiny": ["axial, one path"] * 2 + ["full, one path"] * 2,
 }  # fmt: skip
 
 
@@ -106,7 +110,7 @@ def test_the_maps_are_those_of_the_chosen_block_and_head(photo, panels):
         subject.maps(subject.batch(resized))
     hook.remove()
     (maps,) = attn.attention_maps(caught[0], size=(2, 4), points=[(1, 3)]).values()
-    draw_attention(subject, photo, resized, "noise.png", Choice(POINTS, block=-1, head=1))
+    draw_attention(subject, photo, resized, "noise.png", Choice(POINTS, block=-1, heads=[1]))
     heat = panels["rows"][3][2].heat
     np.testing.assert_allclose(heat, maps.weights[0, 1].numpy(), rtol=1e-6)
     assert not np.allclose(heat, maps.weights[0, 0].numpy(), rtol=1e-3)
@@ -116,13 +120,26 @@ def test_the_maps_are_those_of_the_chosen_block_and_head(photo, panels):
     assert "stage 3, block 1" in panels["rows"][3][2].caption
 
 
+def test_each_of_several_heads_has_its_rows(photo, panels):
+    subject = subject_of("nat_mini", "depths=(1,1,1,1)")
+    resized = photo.resize((64, 64))
+    draw_attention(subject, photo, resized, "noise.png", Choice(POINTS, heads=[1]))
+    alone = [row[0].heat for row in panels["rows"]]
+    draw_attention(subject, photo, resized, "noise.png", Choice(POINTS, heads=[0, 1]))
+    assert "heads 0, 1\n" in panels["title"]
+    places = [row[0].caption.split(":")[0] for row in panels["rows"]]
+    assert places == [f"stage {i}, block 0, head {head}" for i in range(4) for head in (0, 1)]
+    for heat, row in zip(alone, panels["rows"][1::2], strict=True):
+        np.testing.assert_array_equal(row[0].heat, heat)
+
+
 def test_a_block_or_head_that_a_stage_lacks_is_named(photo):
     subject = subject_of("nat_mini", "depths=(1,1,1,2)")
     resized = photo.resize((64, 64))
     for choice, message in (
         (Choice(POINTS, block=1), r"--block is 1: stage 0 of nat_mini has blocks 0 to 0"),
-        (Choice(POINTS, head=2), r"--head is 2: stage 0 of nat_mini has heads 0 to 1"),
-        (Choice(POINTS, head=-1), r"--head is -1"),
+        (Choice(POINTS, heads=[0, 2]), r"--head is 2: stage 0 of nat_mini has heads 0 to 1"),
+        (Choice(POINTS, heads=[-1]), r"--head is -1"),
     ):
         with pytest.raises(ValueError, match=message):
             draw_attention(subject, photo, resized, "noise.png", choice)
@@ -158,6 +175,7 @@ def test_models_without_attention_or_routing_are_refused_by_name():
     for name, method, message in (
         ("cas_vit_xs", "attention_maps", "cas_vit_xs has no attention of positions to positions"),
         ("nat_mini", "routed_regions", "nat_mini routes nothing: --show routing takes BiFormer"),
+        ("nat_mini", "polyline_masks", "nat_mini has no polyline masks: --show mask takes PPMA"),
     ):
         subject = subject_of(name, "depths=(1,1,1,1)")
         with pytest.raises(ValueError, match=message):

@@ -39,6 +39,15 @@ def test_each_image_gets_a_picture(photos, tmp_path):
             assert picture.format == "PNG" and min(picture.size) > 200
 
 
+def test_masks_of_a_head_are_drawn_beside_their_attention(photos, tmp_path):
+    small = [*SMALL, "dims=(8,8,16,32)", "num_heads=(2,2,2,2)", "--head", 1]
+    words = [photos / "a.png", "--out", tmp_path, "--size", 32, *small, "--points", "0.5,0.5"]
+    assert show("mask", "ppma_tiny", *words) == 0
+    with Image.open(tmp_path / "a_mask.png") as picture:
+        # Two panels beside each other, below each other those of the four stages.
+        assert picture.format == "PNG" and 1.4 < picture.height / picture.width < 1.8
+
+
 def test_files_are_not_replaced_unless_asked(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(
         show_command._ON_IMAGES, "attention", (lambda *args: b"drawn", "attention_maps")
@@ -77,6 +86,8 @@ def test_words_after_an_option_are_images_too():
 MISTAKES = {
     "no attention": ("attention cas_vit_xs a.png", 1, "cas_vit_xs has no attention"),
     "no routing": ("routing nat_mini a.png", 1, "nat_mini routes nothing"),
+    "no mask": ("mask nat_mini a.png", 1, "nat_mini has no polyline masks: --show mask takes PPMA"),
+    "mask of another": ("mask resnet18 a.png", 1, "resnet18 is timm's own"),
     "unknown model": ("attention nat_mni a.png", 1, "did you mean nat_mini"),
     "no image": ("attention nat_mini none.png", 1, "none.png does not exist"),
     "form of a point": ("attention nat_mini a.png --points 0.5", 1, "X,Y"),

@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from densezoo.tools.biformer_transcription import transcribe
 from densezoo.tools.step_memory import measure_peak, measure_saved
+from densezoo.tools.transcriptions import transcribe
 
 # Grids of 16x16, 8x8 and 4x4 tokens, all divided by the regions.
 ARGUMENTS = dict(depths=(1, 1, 1, 1), dims=(32, 64, 96, 128), num_regions=4, topk=(1, 4, 16))
@@ -33,6 +33,17 @@ def test_operators_save_their_inputs_output_routes_and_denominators_alone():
         heads = channels // 32
         num_bytes += 2 * (4 * tokens * (4 * channels + heads) + 8 * 16 * topk)
     assert measure_saved(model, images) == num_bytes / 2**20
+
+
+def test_polyline_attention_saves_its_inputs_output_and_denominators_alone():
+    arguments = dict(depths=(1, 1, 1, 1), dims=(32, 32, 64, 64), num_heads=(2, 2, 4, 4))
+    model = timm.create_model("ppma_tiny", **arguments)
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    num_values = 0
+    for tokens, channels, heads in [(384, 32, 2), (96, 32, 2), (24, 64, 4), (6, 64, 4)]:
+        # Query, key, value and output; two decays and two denominators.
+        num_values += 2 * tokens * (4 * channels + 4 * heads)
+    assert measure_saved(model, images) == 4 * num_values / 2**20
 
 
 def test_transcriptions_save_kept_keys_and_values_and_attention_weights():

@@ -185,7 +185,9 @@ def test_shards_are_trained_on_with_a_name_and_a_split(tmp_path, colours, option
     assert "accuracy/top1" in json.loads(lines[-1])
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path, options):
+    """By the command of the README; test_distributed.py holds what such a run computes."""
     options += ["train_cfg.max_epochs=1", "custom_hooks=None"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "-m", "densezoo", "train", CONFIG, "--seed", "0"]
