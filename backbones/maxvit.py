@@ -207,10 +207,12 @@ class AvgPool(nn.Module):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        height, width = x.shape[2:]
-        if is_open(height) or is_open(width) or height % 2 or width % 2:
-            # A copy of the last position changes no mean, and is dropped where the side is even.
-            x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+        for axis in (2, 3):
+            length = x.shape[axis]
+            if is_open(length) or length % 2:
+                # A copy of the last position changes no mean, and is dropped where the side is
+                # even. (Not F.pad: inductor mistakes the strides of its gradient.)
+                x = torch.cat([x, x.narrow(axis, length - 1, 1)], axis)
         return F.avg_pool2d(x, 2)
 
 

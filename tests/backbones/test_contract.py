@@ -132,13 +132,15 @@ def make_dense(name, **kwargs):
 # Features, at any size
 
 
-def check_maps(name, sizes, arguments):
+def check_maps(name, sizes, arguments, dtype, bound):
     """Hold every form, with the same weights, to the maps of the classifier and to their shapes."""
     reference = timm.create_model(name, **arguments).eval()
     state = reference.state_dict()
     forms = {form: load_trunk(build(name, form, **arguments), state).eval() for form in FORMS[1:]}
+    for model in (reference, *forms.values()):
+        model.to(dtype)
     for size in sizes:  # of one instance
-        x = image(*size)
+        x = image(*size).to(dtype)
         with torch.no_grad():
             expected = reference.forward_intermediates(x, intermediates_only=True)
             maps = {form: as_list(model(x)) for form, model in forms.items()}
@@ -147,7 +149,7 @@ def check_maps(name, sizes, arguments):
             assert expected[i].shape == (1, channels, *(math.ceil(n / stride) for n in size))
             for form in forms:
                 assert maps[form][i].is_contiguous()
-                assert relative_error(maps[form][i], expected[i]) < 1e-5, (form, size)
+                assert relative_error(maps[form][i], expected[i]) < bound, (form, size)
     for form, model in forms.items():
         if form != "dense":
             assert model.feature_info.channels() == [m.shape[1] for m in expected]
@@ -166,12 +168,14 @@ SIZED = some_of(
 
 @pytest.mark.parametrize("name, sizes", list(SIZED))
 def test_every_form_gives_the_same_maps_of_the_promised_shapes_at_any_size(name, sizes):
-    check_maps(name, sizes, shallow(name))
+    check_maps(name, sizes, shallow(name), torch.float32, 1e-5)
 
 
 @every_name
 def test_every_form_gives_the_same_maps_of_all_its_blocks(name):
-    check_maps(name, SIZES[1:2] if name in SMALLEST else SIZES[1:], equal_arguments(name))
+    # In float32 the rounding of 24 blocks alone is above the bound.
+    sizes = SIZES[1:2] if name in SMALLEST else SIZES[1:]
+    check_maps(name, sizes, equal_arguments(name), torch.float64, 1e-12)
 
 
 ORDERED = some_of(
