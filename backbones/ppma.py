@@ -340,6 +340,7 @@ WEIGHTS = {
 WEIGHTS_RMT = {
     name: Weights(
         page="https://github.com/zhongchenzhao/PPMA",
+        license="apache-2.0",
         paper_name="RMT: Retentive Networks Meet Vision Transformers",
         paper_ids="arXiv:2309.11523",
         first_conv="stem.conv1.conv",

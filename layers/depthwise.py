@@ -18,6 +18,11 @@ def depthwise(conv: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> 
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+# What a 3x3 kernel that copies its input is made of.
+_COPY = torch.zeros(3, 3, dtype=torch.float32, device="cpu")
+_COPY[1, 1] = 1
+
+
 class ResidualDepthwise(nn.Conv2d):
     """Depthwise 3x3 convolution, added to its input. NHWC, (B, H, W, dim) to the same."""
 
@@ -27,6 +32,5 @@ class ResidualDepthwise(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not prefers_channels_last(x):
             return x + depthwise(super().forward, x)
-        weight = self.weight.clone()
-        weight[:, :, 1, 1] += 1  # the input itself, without a pass over memory of its own
+        weight = self.weight + _COPY  # the input itself, without a pass over memory of its own
         return depthwise(lambda x: self._conv_forward(x, weight, self.bias), x)

@@ -24,7 +24,7 @@ from .rotary import raster_rotation, rotate
 class TokenDecays(nn.Module):
     """Log decays of steps between tokens, which each token's channels decide. NHWC.
 
-    (B, H, W, C) -> two (B, H, W, heads), of steps along rows and along columns, all of them
+    (B, H, W, C) -> (2, B, H, W, heads), of steps along rows and along columns, all of them
     negative, in at least float32: -exp(log_rate) * softplus(proj(x) + step_bias). A head has its
     own channels of x; all heads share `proj`, both directions a head's rate and bias.
 
@@ -38,27 +38,29 @@ class TokenDecays(nn.Module):
     def __init__(self, head_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.proj = Linear(head_dim, 2, bias=False)
+        self.proj = nn.Linear(head_dim, 2, bias=False)  # too narrow for the faster kernels
         self.log_rate = nn.Parameter(torch.empty(num_heads).uniform_(1, 1.1).log_())
         steps = torch.exp(torch.empty(num_heads).uniform_(log(0.001), log(0.1)))
         # The inverse of softplus, of 0.001 to 0.1.
         self.step_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         # On one axis of tokens: exporters cannot tell how more of them and heads go together.
-        tokens = x.flatten(0, 2).unflatten(-1, (self.num_heads, -1))
-        steps = self.proj(tokens).unflatten(0, x.shape[:3])
+        steps = self.proj(x.flatten(0, 2).unflatten(-1, (self.num_heads, -1))).flatten(1)
         dtype = torch.promote_types(steps.dtype, torch.float32)
-        rate, bias = (p.to(dtype)[:, None] for p in (self.log_rate, self.step_bias))
-        along_rows, along_columns = (-rate.exp() * F.softplus(steps.to(dtype) + bias)).unbind(-1)
-        return along_rows, along_columns
+        # Spelled out for both directions, or kernels would go through them two values at a time.
+        rate = -self.log_rate.to(dtype).exp().repeat_interleave(2)
+        bias = self.step_bias.to(dtype).repeat_interleave(2)
+        log_decays = rate * F.softplus(steps.to(dtype) + bias)
+        by_head = log_decays.unflatten(-1, (self.num_heads, 2)).unflatten(0, x.shape[:3])
+        return by_head.movedim(-1, 0)
 
 
 class FixedDecays(nn.Module):
     """Log decays of steps between tokens, one a head, the same everywhere. NHWC.
 
-    (B, H, W, C) -> two (B, H, W, heads), in at least float32: log(1 - 2 ** (-2 - b * g / heads))
-    of head g, computed in float32 as published models do.
+    (B, H, W, C) -> (2, B, H, W, heads), in at least float32: log(1 - 2 ** (-2 - b * g / heads))
+    of head g, computed in float32 as published models do, along rows and along columns.
 
     Fan et al., RMT, arXiv:2309.11523.
 
@@ -72,12 +74,11 @@ class FixedDecays(nn.Module):
         self.num_heads = num_heads
         self.decay_range = decay_range
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         head = torch.arange(self.num_heads, dtype=torch.float32, device=x.device)
         decay = torch.log(1 - 2 ** (-2 - self.decay_range * head / self.num_heads))
         decay = decay.to(torch.promote_types(x.dtype, torch.float32))
-        decay = decay.expand(*x.shape[:3], self.num_heads)
-        return decay, decay
+        return decay.expand(2, *x.shape[:3], self.num_heads)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, decay_range={self.decay_range}"
@@ -152,8 +153,9 @@ class PolylineAttention(nn.Module):
         Returns:
             (B, H, W, C).
         """
+        decays = self.decays(x).unbind()
         query, key, value = self._project(x, rotation)
-        out = self._attend(query, key, value, *self.decays(x)).flatten(3)
+        out = self._attend(query, key, value, *decays).flatten(3)
         return self.proj(out + depthwise(self.lepe, value.flatten(3)))
 
     def attention_maps(
@@ -165,8 +167,8 @@ class PolylineAttention(nn.Module):
         points: Sequence[Point],
     ) -> dict[str, AttentionMaps]:
         """Show what positions of a map attend to; as `NeighborhoodAttention` does."""
+        decays = self.decays(x).unbind()
         query, key, value = self._project(x, rotation)
-        decays = self.decays(x)
         weights = attention_weights(
             lambda value: self._attend(query, key, value, *decays),
             value,
@@ -195,7 +197,7 @@ class PolylineAttention(nn.Module):
             (P, H, W, heads), 1 at the position itself: the product of the decays along the path, or
             the mean of those of both paths.
         """
-        decays = self.decays(x)
+        decays = self.decays(x).unbind()
         # (H, W, heads): of a path's two lines each log decay is a difference of two of these.
         rows, columns = (sums[0] for sums in prefix_sums(*decays, decays[0].dtype))
         masks = []

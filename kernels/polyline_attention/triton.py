@@ -57,7 +57,7 @@ _TILINGS = {
         "long": ((32, 16, 4, 2), (32, 32, 4, 2), (64, 32, 8, 2)),
     },
     ("cuda", 4, "wide"): {
-        "short": ((16, 16, 4, 2),),
+        "short": ((16, 16, 8, 2),),
         "medium": ((16, 32, 4, 2), (32, 16, 4, 2)),
         "long": ((32, 16, 4, 2), (32, 32, 8, 2)),
     },
@@ -71,13 +71,13 @@ _TILINGS = {
 _FULL_BACKWARD_TILINGS = {
     (2, "narrow"): {
         "short": ((16, 16, 2, 2),),
-        "medium": ((16, 32, 2, 2), (32, 16, 2, 2)),
-        "long": ((16, 32, 2, 2), (32, 16, 2, 2), (32, 16, 4, 2)),
+        "medium": ((16, 16, 2, 2), (16, 32, 2, 2)),
+        "long": ((16, 16, 2, 2), (16, 32, 2, 2)),
     },
     (2, "wide"): {
         "short": ((16, 16, 4, 2),),
         "medium": ((16, 32, 4, 2),),
-        "long": ((16, 32, 4, 2), (32, 16, 4, 2)),
+        "long": ((16, 16, 4, 2), (16, 32, 4, 2)),
     },
     (2, "widest"): {
         "short": ((16, 16, 4, 2),),
@@ -212,7 +212,7 @@ def backward(
         value: see there.
         log_alpha: see there.
         log_beta: see there.
-        out: what the forward pass returned.
+        out: what the forward pass returned, of which nothing is read.
         lse: what the forward pass returned.
         geometry: form and paths.
         scale: factor of the logits.
@@ -225,7 +225,7 @@ def backward(
     lse = lse.contiguous()
     if geometry.form == "full":
         call = _make_full_call(query, key, value, sums, geometry, scale)
-        grads = _differentiate_fully(call, query, key, value, grad_out, out, lse, needs_decay_grad)
+        grads = _differentiate_fully(call, query, key, value, grad_out, lse, needs_decay_grad)
     else:
         lines = [_LineCall(query, key, value, sums, axis, scale) for axis in (0, 1)]
         differentiate = _differentiate_both if geometry.paths == "both" else _differentiate_one
@@ -283,7 +283,6 @@ def _differentiate_fully(
     key: Tensor,
     value: Tensor,
     grad_out: Tensor,
-    out: Tensor,
     lse: Tensor,
     needs_decay_grad: bool,
 ) -> tuple[Tensor | None, ...]:
@@ -297,7 +296,6 @@ def _differentiate_fully(
         maps = (call.batch_size, call.num_heads, 2)
         parts = lse.new_empty((*maps, call.height, 2 + 2 * slots, call.width))
     call.add_tokens(grad_out=grad_out)
-    call.add_tables(out=out)
     shared = torch.empty_like(lse)
     call.arguments |= dict(lse_ptr=lse, shared_ptr=shared, parts_ptr=parts, slots=slots)
     call.launch_tiled("_backward_query_kernel", grad_query_ptr=grad_query)

@@ -2,9 +2,10 @@
 
 Of the full form:
 
-- ``_backward_query_kernel``: a program owns a tile of queries of one row and walks through all
-  keys; with two paths twice, first for the mean of the weights' gradients, which those of the
-  logits of a path share. It stores these terms for the other kernel.
+- ``_backward_query_kernel``: a program owns a tile of queries of one row and walks twice through
+  all keys, first for the mean of the weights' gradients, which those of the logits of a path share.
+  It stores these means for the other kernel. That of a path is no product with its output: of two
+  paths there is the mean alone, and its rounding would tell in half precision.
 - ``_backward_key_kernel``: a program owns a tile of keys of one row and walks through all queries.
 
 Of the axial form, by rows, and by columns as rows of transposed maps:
@@ -90,7 +91,6 @@ def _backward_query_kernel(
     value_ptr,
     row_sums_ptr,
     column_sums_ptr,
-    out_ptr,
     lse_ptr,
     shared_ptr,
     grad_query_ptr,
@@ -129,7 +129,7 @@ def _backward_query_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute the gradient of a tile of queries, and for each path the sum -w dw over its keys.
+    """Compute the gradient of a tile of queries, and for each path the mean -w dw over its keys.
 
     ``parts_ptr``: (B, heads, 2, H, 2 + 2 slots, W), gradients of P and R. Of a row this kernel
     fills the first slots, with what tiles sum for any columns, and the next, with sums of the
@@ -152,45 +152,43 @@ def _backward_query_kernel(
     token = token_offset(batch * height + row, column, width * num_heads, num_heads) + head
     own_sums = tl.load(row_sums_ptr + own_place)
 
+    entry = token * (2 if IS_BOTH else 1)
+    lse = tl.load(lse_ptr + entry)
+    total = tl.zeros([TILE, BLOCK], tl.float32)
+    products = tl.zeros([TILE, BLOCK], tl.float32)
     if IS_BOTH:
-        lse = tl.load(lse_ptr + token * 2)
-        column_lse = tl.load(lse_ptr + token * 2 + 1)
-        total = tl.zeros([TILE, BLOCK], tl.float32)
-        products = tl.zeros([TILE, BLOCK], tl.float32)
+        column_lse = tl.load(lse_ptr + entry + 1)
         column_total = tl.zeros([TILE, BLOCK], tl.float32)
         column_products = tl.zeros([TILE, BLOCK], tl.float32)
-        for first in range(0, width, BLOCK):
-            other, is_key = _columns(first, width, BLOCK)
-            across = row * width + other
-            line_mask = _line_mask(own_sums, tl.load(row_sums_ptr + across))
-            for other_row in range(0, height):
-                place = other_row * width + other
+    for first in range(0, width, BLOCK):
+        other, is_key = _columns(first, width, BLOCK)
+        across = row * width + other
+        line_mask = _line_mask(own_sums, tl.load(row_sums_ptr + across))
+        for other_row in range(0, height):
+            place = other_row * width + other
+            number = _row_number(other_row)
+            k_offset = token_offset(number, other, key_stride_h, key_stride_w)
+            k = load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
+            v_offset = token_offset(number, other, value_stride_h, value_stride_w)
+            v = load_tokens(value_ptr, v_offset, value_stride_d, VALUE_DIM, BLOCK_V)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            logits = tl.where(is_key[None, :], logits, float("-inf"))
+            grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            mask = _own_row_mask(line_mask, column_sums_ptr, across, place)
+            weights = tl.exp(logits + mask - lse[:, None])
+            total += weights
+            products += weights * grad_weights
+            if IS_BOTH:
                 beside = other_row * width + column
-                number = _row_number(other_row)
-                k_offset = token_offset(number, other, key_stride_h, key_stride_w)
-                k = load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
-                v_offset = token_offset(number, other, value_stride_h, value_stride_w)
-                v = load_tokens(value_ptr, v_offset, value_stride_d, VALUE_DIM, BLOCK_V)
-                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                logits = tl.where(is_key[None, :], logits, float("-inf"))
-                grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-                mask = _own_row_mask(line_mask, column_sums_ptr, across, place)
-                weights = tl.exp(logits + mask - lse[:, None])
-                total += weights
-                products += weights * grad_weights
                 mask = _own_column_mask(row_sums_ptr, column_sums_ptr, own_place, beside, place)
                 weights = tl.exp(logits + mask - column_lse[:, None])
                 column_total += weights
                 column_products += weights * grad_weights
-        shared = -tl.sum(products, 1) / tl.sum(total, 1)
+    shared = -tl.sum(products, 1) / tl.sum(total, 1)
+    tl.store(shared_ptr + entry, shared, mask=is_query)
+    if IS_BOTH:
         column_shared = -tl.sum(column_products, 1) / tl.sum(column_total, 1)
-        tl.store(shared_ptr + token * 2, shared, mask=is_query)
-        tl.store(shared_ptr + token * 2 + 1, column_shared, mask=is_query)
-    else:
-        lse = tl.load(lse_ptr + token)
-        out = load_tokens(out_ptr, token * VALUE_DIM, 1, VALUE_DIM, BLOCK_V)
-        shared = -tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-        tl.store(shared_ptr + token, shared, mask=is_query)
+        tl.store(shared_ptr + entry + 1, column_shared, mask=is_query)
 
     share = 0.5 if IS_BOTH else 1.0
     plane = height * (2 + 2 * slots) * width
@@ -208,7 +206,6 @@ def _backward_query_kernel(
         step_grads = tl.zeros([TILE, BLOCK], tl.float32)
         for other_row in range(0, height):
             place = other_row * width + other
-            beside = other_row * width + column
             number = _row_number(other_row)
             k_offset = token_offset(number, other, key_stride_h, key_stride_w)
             k = load_tokens(key_ptr, k_offset, key_stride_d, HEAD_DIM, BLOCK_D)
@@ -224,6 +221,7 @@ def _backward_query_kernel(
                 row_grads += grad_logits
                 step_grads += grad_logits * step
             if IS_BOTH:
+                beside = other_row * width + column
                 mask = _own_column_mask(row_sums_ptr, column_sums_ptr, own_place, beside, place)
                 weights = tl.exp(logits + mask - column_lse[:, None])
                 column_grads = weights * (grad_weights + column_shared[:, None])
@@ -447,7 +445,7 @@ def _backward_line_query_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute the gradient of a tile of queries of one row, and the sum -w dw of each.
+    """Compute the gradient of a tile of queries of one row, and the mean -w dw of each.
 
     The gradient of weights is that of products of the softmax with what the other axis gave,
     ``middle_ptr``, which the output's cotangent meets, and with the values, which

@@ -834,8 +834,9 @@ def test_channels_last_images_compile_whole(name, dynamic):
 @pytest.mark.parametrize(
     "name, stages",
     [
-        # The first two stages of CAS-ViT have all that the other two have.
-        pytest.param(FIRST, (0, 1), id=f"{FIRST}-two-stages"),
+        # The first stage of CAS-ViT has all that the others have but the resolution change, which
+        # is a convolution as those of the stem are.
+        pytest.param(FIRST, (0,), id=f"{FIRST}-one-stage"),
         *(pytest.param(n, (0, 1, 2, 3), marks=pytest.mark.slow, id=n) for n in sorted(SMALLEST)),
     ],
 )

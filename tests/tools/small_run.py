@@ -1,7 +1,7 @@
 """A run of mmengine's that takes a second: for the tests of hooks, and to be killed by them.
 
-As a script, ``small_run.py WORK_DIR SEED KILLS`` trains in processes that it kills at random moments,
-and checks after each what is left.
+As a script, ``small_run.py WORK_DIR SEED KILLS`` trains in processes that it kills at random
+moments, and checks after each what is left.
 """
 
 import itertools
