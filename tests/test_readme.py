@@ -46,6 +46,13 @@ def test_the_lines_on_routing_attention_run(capsys):
     assert variables["out"].shape == (1, 50, 76, 8, 32)
 
 
+def test_the_lines_on_polyline_attention_run():
+    (block,) = [b for b in BLOCKS if "polyline_attention" in b]
+    variables = {}
+    exec(block, variables)
+    assert variables["out"].shape == (1, 32, 42, 8, 32)
+
+
 @pytest.mark.parametrize("scope, base", [("mmdet", "mask_rcnn"), ("mmseg", "sem_fpn")])
 def test_the_config_lines_build_a_model_that_runs(scope, base, tmp_path):
     (block,) = [b for b in BLOCKS if f"../{base}/" in b]
