@@ -22,8 +22,8 @@ a file has both. RMT is as the authors of PPMA trained it, of which there are no
 
 Training: rates of stochastic depth grow linearly over all blocks. The official code exempts decays
 from weight decay by a mark that its optimizer does not read; here as there they escape it because
-they have one dimension. Factors of branches, which it decays, have one dimension here, and the
-recipe names them.
+they have one dimension. Factors of branches have one dimension too, other than there, where they
+are decayed; the recipe here decays them by name.
 
 The official code and weights (github.com/zhongchenzhao/PPMA) are under the Apache 2.0 licence.
 
