@@ -22,6 +22,8 @@ from torch.autograd import forward_ad
 BACKENDS = ("triton", "cpu", "reference")
 VARIABLE = "DENSEZOO_BACKEND"
 
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 _used_backend: ContextVar[str | None] = ContextVar("densezoo_backend", default=None)
 _is_kept_whole: ContextVar[bool] = ContextVar("densezoo_is_kept_whole", default=False)
 _DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
@@ -195,6 +197,15 @@ def why_no_operator() -> str | None:
         return "torch.func differentiates it, which plain PyTorch alone allows"
     if forward_ad._current_level >= 0:
         return "it is differentiated in forward mode, which plain PyTorch alone allows"
+    return None
+
+
+def why_no_cpu_path(tensor: torch.Tensor) -> str | None:
+    """Tell why no operator's CPU path takes such a tensor, or None if they do."""
+    if tensor.device.type != "cpu":
+        return f"it runs on CPU tensors, these are on {tensor.device}"
+    if tensor.dtype not in _CPU_DTYPES:
+        return f"it has no {tensor.dtype}"
     return None
 
 

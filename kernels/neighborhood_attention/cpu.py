@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .. import runtime
 from . import cpu_plan
 from .cpu_tiles import Bands, Chunk, Tiles
 from .windows import Neighborhood
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Elements of the masks of a table that are kept.
 _MOST_KEPT = 1 << 18
 
@@ -87,13 +87,9 @@ def why_not(
     neighborhood: Neighborhood,
 ) -> str | None:
     """Say why this path cannot take a call; None when it can."""
-    if query.device.type != "cpu":
-        return f"it runs on CPU tensors, these are on {query.device}"
-    if query.dtype not in _DTYPES:
-        return f"it has no {query.dtype}"
     if neighborhood.num_axes > 2:
         return "it has 1-D and 2-D grids alone"
-    return None
+    return runtime.why_no_cpu_path(query)
 
 
 class _Tensors(NamedTuple):

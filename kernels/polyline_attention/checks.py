@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from math import inf
-
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..checks import shape
-from .decays import FORMS, PATHS, Polyline
+from .decays import FORMS, PATHS, Polyline, sum_dtype
 
 TENSOR_NAMES = ("query", "key", "value", "log_alpha", "log_beta")
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -67,8 +65,11 @@ def _check_decays(name: str, decays: Tensor, query: Tensor, is_range_known: bool
     if is_range_known or decays.numel() == 0 or not checks.can_be_read(decays):
         return
     lowest, highest = (float(end) for end in decays.detach().aminmax())  # NaN where there is one
-    if not -inf < lowest <= highest <= 0:
+    # Of what is below, sums along a line may be infinite, and the difference of two of them NaN.
+    least = torch.finfo(sum_dtype(query)).min / max(query.shape[1:3])
+    if not least <= lowest <= highest <= 0:
         wrong = highest if highest > 0 else lowest
         raise ValueError(
-            f"{name} holds {wrong}: logarithms of decays, finite numbers of at most 0, are taken"
+            f"{name} holds {wrong}: logarithms of decays, finite numbers of at most 0 whose sums "
+            "along lines are finite, are taken"
         )

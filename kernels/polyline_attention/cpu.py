@@ -11,10 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import runtime
 from . import cpu_axial, cpu_full
 from .decays import Polyline, decay_gradients, prefix_sums, sum_dtype
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def why_not(
@@ -26,11 +25,7 @@ def why_not(
     geometry: Polyline,
 ) -> str | None:
     """Say why this path cannot take a call; None when it can."""
-    if query.device.type != "cpu":
-        return f"it runs on CPU tensors, these are on {query.device}"
-    if query.dtype not in _DTYPES:
-        return f"it has no {query.dtype}"
-    return None
+    return runtime.why_no_cpu_path(query)
 
 
 def forward(
@@ -88,8 +83,8 @@ def backward(
         value: as above.
         log_alpha: as above.
         log_beta: as above.
-        out: what `forward` returned.
-        lse: what `forward` returned.
+        out: what `forward` returned, of which nothing is read.
+        lse: likewise.
         geometry: form and paths.
         scale: factor of the logits.
         needs_decay_grad: whether to compute those of log_alpha and log_beta.
@@ -97,8 +92,7 @@ def backward(
     Returns:
         Gradients in the dtypes of their inputs; None for what is not needed.
     """
-    del out  # the weights of a block meet the cotangents of all of them
-    dtype = lse.dtype
+    dtype = sum_dtype(query)
     sums = prefix_sums(log_alpha, log_beta, dtype)
     grads = [t.new_empty(t.shape) for t in (query, key, value)]
     grad_sums = tuple(torch.zeros_like(t) for t in sums) if needs_decay_grad else None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu_pieces import Group, even, groups, index_sign, log_sum_exp
+from .cpu_pieces import Group, even_size, groups, index_sign, log_sum_exp
 
 # Weights of some lines that are made at a time: 1 MiB of float32.
 BLOCK = 1 << 18
@@ -28,6 +28,8 @@ GROUP = 1 << 18
 MOST_KEPT = 1 << 22
 # Fewer keys make no vector, and PyTorch's softmax takes ten times as long.
 _FEWEST_KEYS = 16
+# What products are written to: lines of columns are views, empty_like would keep their strides.
+_CONTIGUOUS = dict(memory_format=torch.contiguous_format)
 
 
 class _Axis:
@@ -54,7 +56,7 @@ class _Axis:
         self.key_sums, missing = self.sums, self.shape[2] - length
         if missing > 0:  # what is no token is infinitely far
             self.key_sums = F.pad(self.sums, (0, missing), value=-torch.inf)
-        self.step = even(num_lines, BLOCK // prod(self.shape[1:]))
+        self.step = even_size(num_lines, BLOCK // prod(self.shape[1:]))
         is_kept = is_kept and prod(self.shape) <= MOST_KEPT
         self._kept: list[tuple[slice, Tensor]] | None = [] if is_kept else None
 
@@ -70,11 +72,11 @@ class _Axis:
 
     def map(self, lines: Tensor) -> Tensor:
         """Lines (n, L, ...), or keys, as (G, H, W, ...)."""
-        groups, height, width = self.grid
+        num_heads, height, width = self.grid
         tokens = lines[:, : self.shape[1]]
         if self.is_row:
-            return tokens.unflatten(0, (groups, height))
-        return tokens.unflatten(0, (groups, width)).transpose(1, 2)
+            return tokens.unflatten(0, (num_heads, height))
+        return tokens.unflatten(0, (num_heads, width)).transpose(1, 2)
 
     def blocks(self, own: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Go over some lines at a time: which ones, and their weights (lines, L, K).
@@ -248,7 +250,7 @@ def _differentiate_both(
 def _attend_both_ways(axis: _Axis, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Multiply values by weights and cotangents by transposed weights: (G, H, W, E) both."""
     values, cotangents = axis.keys(value), axis.lines(grad)
-    result, transposed = (torch.empty_like(t, **_PLAIN) for t in (cotangents, values))
+    result, transposed = (torch.empty_like(t, **_CONTIGUOUS) for t in (cotangents, values))
     for at, weights in axis.blocks():
         torch.bmm(weights, values[at], out=result[at])
         torch.bmm(weights.transpose(1, 2), cotangents[at], out=transposed[at])
@@ -275,7 +277,7 @@ def _differentiate(
         The gradients, and the product with `attended`.
     """
     cotangents, values = axis.lines(grad), axis.keys(value)
-    grads = [torch.empty_like(t, **_PLAIN) for t in (values, axis.query, axis.key)]
+    grads = [torch.empty_like(t, **_CONTIGUOUS) for t in (values, axis.query, axis.key)]
     grad_values, grad_query, grad_key = grads
     grad_sums = axis.sums.new_empty(axis.sums.shape) if needs_sums else None
     others = products = None
@@ -297,10 +299,6 @@ def _differentiate(
             torch.sub(grad_logits.sum(2), of_keys, out=grad_sums[at])
     maps = (None if t is None else axis.map(t) for t in (*grads, grad_sums))
     return _Gradients(*maps), None if products is None else axis.map(products)
-
-
-# Of what products are written to.
-_PLAIN = dict(memory_format=torch.contiguous_format)
 
 
 def _groups(query: Tensor) -> Iterator[Group]:

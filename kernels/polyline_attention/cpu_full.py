@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cpu_pieces import Group, even, groups, index_sign, log_sum_exp, multiply
+from .cpu_pieces import Group, even_size, groups, index_sign, log_sum_exp, multiply
 
 # Logits of a block: 2 MiB of float32. Half or twice as many take within 10% of the time; fewer are
 # products that are too small, more do not fit the cache. In float32 with head_dim 32, on one core
@@ -56,18 +56,18 @@ class _Block(NamedTuple):
 
     def put_own(self, pairs: Tensor, tokens: Tensor) -> None:
         """Write what own tokens have of (paths, G, I * J, N) into (paths, G, H, W)."""
-        groups, rows, columns, height, width = self.shape
+        num_heads, rows, columns, height, width = self.shape
         keys = height * width
         tokens[:, :, self.rows, self.columns] = pairs.as_strided(
-            (len(pairs), groups, rows, columns),
+            (len(pairs), num_heads, rows, columns),
             (pairs.stride(0), rows * columns * keys, columns * keys + width, keys + 1),
             pairs.storage_offset() + self.rows.start * width + self.columns.start,
         )
 
     def spaces(self, space: Tensor) -> Tensor:
         """Cut (3, entries) to the logits of this block: (3, G, I * J, N)."""
-        groups, rows, columns, height, width = self.shape
-        shape = groups, rows * columns, height * width
+        num_heads, rows, columns, height, width = self.shape
+        shape = num_heads, rows * columns, height * width
         return space[:, : prod(shape)].unflatten(1, shape)
 
     def logits(self, query: Tensor, key: Tensor, spaces: Tensor) -> Iterator[Tensor]:
@@ -116,9 +116,9 @@ def _blocks(along_rows: Tensor, along_columns: Tensor, paths: str) -> Iterator[_
         along_columns: (G, H, W) as well.
         paths: "both" or "row_first".
     """
-    groups, height, width = along_rows.shape
-    queries = max(1, BLOCK // (groups * height * width))
-    num_rows, num_columns = even(height, queries // width), even(width, queries)
+    num_heads, height, width = along_rows.shape
+    queries = max(1, BLOCK // (num_heads * height * width))
+    num_rows, num_columns = even_size(height, queries // width), even_size(width, queries)
     for left in range(0, width, num_columns):
         columns = slice(left, min(left + num_columns, width))
         on_columns = along_rows[:, :, columns]
@@ -135,7 +135,7 @@ def _blocks(along_rows: Tensor, along_columns: Tensor, paths: str) -> Iterator[_
                 of_keys = along_columns[:, :, columns].transpose(1, 2).unsqueeze(1)
                 query_column = along_columns[:, rows, columns].unsqueeze(3) - of_keys
                 masks.append((key_row, query_column.abs_().unsqueeze(4)))
-            shape = groups, rows.stop - top, columns.stop - left, height, width
+            shape = num_heads, rows.stop - top, columns.stop - left, height, width
             yield _Block(rows, columns, shape, tuple(masks))
 
 

@@ -37,7 +37,7 @@ class Group(NamedTuple):
 
 def groups(batch: int, num_heads: int, most: int) -> Iterator[Group]:
     """Go over the heads of all images, about evenly, at most `most` at a time or one."""
-    num_images, step = even(batch, most // num_heads), even(num_heads, most)
+    num_images, step = even_size(batch, most // num_heads), even_size(num_heads, most)
     for images in cut(batch, num_images):
         for heads in cut(num_heads, step):
             yield Group(images, heads)
@@ -50,8 +50,8 @@ def cut(length: int, size: int) -> list[slice]:
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
 
-def even(length: int, most: int) -> int:
-    """Give the size of the fewest parts of a length that are at most as long, or of 1."""
+def even_size(length: int, most: int) -> int:
+    """Give the size of a length's about even parts, the fewest that are at most `most`, or of 1."""
     num_parts = -(-length // max(1, most))
     return -(-length // num_parts)
 

@@ -36,7 +36,7 @@ class Polyline:
 
     @property
     def num_softmaxes(self) -> int:
-        """Softmaxes of a query, each with an entry in lse: of paths, or of a row and a column."""
+        """Softmaxes of a query, each with an entry in lse: one a path, or of its row and column."""
         return 1 if self.form == "full" and self.paths == "row_first" else 2
 
 

@@ -58,9 +58,9 @@ def polyline_attention(
         key: like query.
         value: (B, H, W, heads, value_dim).
         log_alpha: (B, H, W, heads), logarithms of the decays of steps along rows, finite numbers
-            of at most 0, in float32 or query's dtype. Their range is checked in eager mode alone,
-            where the check makes a GPU wait; under compilers, exporters and torch.func what other
-            numbers give is undefined.
+            of at most 0 whose sums along lines are finite, in float32 or query's dtype. Their
+            range is checked in eager mode alone, where the check makes a GPU wait; under compilers,
+            exporters and torch.func what other numbers give is undefined.
         log_beta: like log_alpha, of steps along columns.
         form: "full" or "axial".
         paths: "both" or "row_first".

@@ -1,8 +1,9 @@
 """Polyline attention on Triton kernels: what can run, the launches, and their tuning.
 
-The kernels are in :mod:`.triton_forward` and :mod:`.triton_backward`, which are imported when one
-is launched: importing this module does not import Triton. Nothing of the size of a mask is in
-memory; prefix sums of decays, and the sums of their gradients, are PyTorch's.
+The kernels are in :mod:`.triton_forward` and :mod:`.triton_backward`, which has those of
+:mod:`.triton_backward_axial` too. They are imported when one is launched: importing this module
+does not import Triton. Nothing of the size of a mask is in memory; prefix sums of decays, and the
+sums of their gradients, are PyTorch's.
 """
 
 from __future__ import annotations

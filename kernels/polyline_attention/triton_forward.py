@@ -65,6 +65,12 @@ def _line_mask(own, other):
 
 
 @triton.jit
+def _sign(difference):
+    """-1, 0 or 1, float32."""
+    return tl.where(difference > 0, 1.0, 0.0) - tl.where(difference < 0, 1.0, 0.0)
+
+
+@triton.jit
 def _own_row_mask(line_mask, column_sums_ptr, across, place):
     """Log mask of the paths along the own row first, (own, others).
 

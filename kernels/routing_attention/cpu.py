@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import runtime
 from .cpu_chunks import CHUNK, chunks, most_keys, query_view
 from .cpu_padding import Padding
 from .regions import Regions
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Nanoseconds, fitted to float32 and head_dim 32 on one core of an AMD EPYC (AVX-512); only their
 # ratios matter. Measured there beside other work, in milliseconds, regions' own and all tokens:
@@ -54,11 +53,7 @@ def why_not(
     regions: Regions,
 ) -> str | None:
     """Say why this path cannot take a call; None when it can."""
-    if query.device.type != "cpu":
-        return f"it runs on CPU tensors, these are on {query.device}"
-    if query.dtype not in _DTYPES:
-        return f"it has no {query.dtype}"
-    return None
+    return runtime.why_no_cpu_path(query)
 
 
 def forward(

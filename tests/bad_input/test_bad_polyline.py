@@ -73,6 +73,11 @@ CALLS = {
     "beta-positive": (dict(log_beta=with_one(2.0)), "log_beta holds 2.0: logarithms of decays"),
     "alpha-nan": (dict(log_alpha=with_one(float("nan"))), "log_alpha holds nan: logarithms"),
     "beta-infinite": (dict(log_beta=with_one(float("-inf"))), "log_beta holds -inf: logarithms"),
+    "alpha-lowest": (
+        dict(log_alpha=with_one(torch.finfo(torch.float32).min)),
+        "log_alpha holds -3.4",
+        "finite numbers of at most 0 whose sums along lines are finite",
+    ),
     "form-unknown": (dict(form="chunk"), "form is 'chunk': 'full' or 'axial' is taken"),
     "form-none": (dict(form=None), "form is None: 'full' or 'axial'"),
     "form-list": (dict(form=["full"]), "form is ['full']: 'full' or 'axial'"),

@@ -159,6 +159,19 @@ def test_where_steps_leave_nothing_tokens_see_themselves_alone(form, paths):
     assert_equal(attend(inputs | decays, case), inputs["value"])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("form", "paths"), EVERY_FORM)
+def test_the_strongest_decays_that_are_taken_give_numbers(form, paths, backend):
+    """Sums along lines are finite; those of both lines of a path need not be."""
+    case = Case((5, 8), form, paths)
+    inputs = make_inputs(case, torch.float32)
+    strongest = torch.finfo(torch.float32).min / 8
+    inputs |= {name: torch.full_like(inputs[name], strongest) for name in DECAYS}
+    results = run_case(case, inputs, backend)
+    torch.testing.assert_close(results["out"], inputs["value"])
+    assert all(result.isfinite().all() for result in results.values())
+
+
 @pytest.mark.parametrize("paths", ["both", "row_first"])
 @pytest.mark.parametrize("grid", [(1, 9), (9, 1)], ids=str)
 def test_on_one_line_both_forms_and_paths_are_one(grid, paths):

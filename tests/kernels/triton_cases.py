@@ -132,13 +132,15 @@ def _polyline_suite():
         Case((2, 3), "full", "row_first", batch=2, head_dim=20, value_dim=33),
         Case((4, 3), "axial", heads=1, head_dim=16),
         Case((2, 3), "axial", "row_first", head_dim=49, value_dim=18),
-        # Several blocks of keys; of two tiles the second has one slot for sums of its row.
+        # Several blocks of keys; of two tiles the second has one slot for sums of its row. Columns
+        # are the lines that attend to two values at a time.
         Case((2, 35), decay=0.1, heads=1, head_dim=16),
-        Case((1, 18), "axial", decay=0.1, heads=1, head_dim=16),
-        # Decays that underflow, none, one column, one token.
+        Case((18, 1), "axial", decay=0.1, heads=1, head_dim=16),
+        # Decays that underflow, none, one column of several images and heads, one token.
         Case((3, 2), decay=40.0, heads=1, head_dim=16),
+        Case((2, 2), decay=0.0, heads=1, head_dim=16),
         Case((2, 2), "axial", decay=0.0, scale=0.4, head_dim=16),
-        Case((3, 1), heads=1, head_dim=16),
+        Case((2, 1), batch=2, head_dim=16),
         Case((1, 1), "axial", heads=1, head_dim=16),
     ]
     return Suite(
