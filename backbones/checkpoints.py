@@ -290,6 +290,21 @@ def download_checkpoint(
     return Path(path)
 
 
+def choose_nest(checkpoint: Mapping, first: Sequence[str] = ()) -> tuple[str | None, list[str]]:
+    """Choose the entry of a loaded checkpoint that weights are taken from.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+        first: as of `unwrap_nesting`.
+
+    Returns:
+        The entry, None if there is none of the known ones; and those that were passed over for it.
+    """
+    nests = dict.fromkeys((*first, *_NESTS))
+    filled = [k for k in nests if isinstance(checkpoint.get(k), Mapping) and checkpoint[k]]
+    return next(iter(filled), None), filled[1:]
+
+
 def unwrap_nesting(checkpoint: Mapping, first: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """Find the tensors by name within a loaded checkpoint, names as they are.
 
@@ -303,10 +318,7 @@ def unwrap_nesting(checkpoint: Mapping, first: Sequence[str] = ()) -> dict[str, 
     """
     state = checkpoint
     while isinstance(state, Mapping) and not any(torch.is_tensor(v) for v in state.values()):
-        nests = (*first, *_NESTS)
-        filled = [k for k in nests if isinstance(state.get(k), Mapping) and state[k]]
-        nest = next(iter(filled), None)
-        others = [k for k in dict.fromkeys(filled) if k != nest]
+        nest, others = choose_nest(state, first)
         if others:
             _logger.info("weights are those of %r; the file has %s too", nest, ", ".join(others))
         if nest is None:

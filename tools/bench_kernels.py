@@ -125,7 +125,7 @@ OPERATORS = {
             "sdpa": polyline_peers.make_sdpa,
         },
         ("ppma_tiny@224x224",),
-        "HEIGHTxWIDTH-hHEADSxCHANNELS-FORM-pPATHS",
+        "HEIGHTxWIDTH-hHEADSxCHANNELS-FORM-pNUM_PATHS",
     ),
 }
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..backbones.base import HierarchicalBackbone
 from ..backbones.checkpoints import (
+    choose_nest,
     convert_checkpoint,
     read_checkpoint,
     strip_prefixes,
@@ -51,12 +52,16 @@ class Conversion:
     Attributes:
         state_dict: every entry of the model, under its names.
         dialect: the naming that the backbone had, as `KEY_RULES` of its family call it.
+        nest: the entry of the file that the weights are from, None if they are not in one.
+        others: entries of the file with further weights, such as those before averaging.
         unused: entries of the file that no output of the model depends on; they are left out.
         notes: what was changed beside names, a line each.
     """
 
     state_dict: dict[str, Tensor]
     dialect: str
+    nest: str | None
+    others: tuple[str, ...]
     unused: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -106,6 +111,9 @@ def run(args: argparse.Namespace) -> None:
         output,
     )
     print(f"{source}: {len(conversion.state_dict)} entries ({conversion.dialect} names)")
+    if conversion.others:
+        others = ", ".join(conversion.others)
+        print(f"weights are those of {conversion.nest!r}; the file has {others} too")
     for note in conversion.notes:
         print(f"changed: {note}")
     if conversion.unused:
@@ -179,6 +187,7 @@ def convert(checkpoint: Mapping[str, Any], model: nn.Module) -> Conversion:
             entries are missing, left over or of another shape.
     """
     path, trunk, registered = _find_trunk(model)
+    nest, others = choose_nest(checkpoint, registered.cls.checkpoint_nests)
     state = unwrap_nesting(checkpoint, registered.cls.checkpoint_nests)
     state = {key.removeprefix("module."): value for key, value in state.items()}
     # Buffers of mmcv's EMAHook: the weights before averaging, in a file with the average.
@@ -218,7 +227,9 @@ def convert(checkpoint: Mapping[str, Any], model: nn.Module) -> Conversion:
     # A copy each: views of larger tensors would bring those along.
     weights = {key: converted[key].detach().clone() for key in own}
     notes += report.reshaped
-    return Conversion(weights, report.dialect, (*unused, *dispensable), tuple(notes))
+    return Conversion(
+        weights, report.dialect, nest, tuple(others), (*unused, *dispensable), tuple(notes)
+    )
 
 
 def _split(

@@ -210,25 +210,28 @@ def test_without_a_file_it_says_whether_there_is_one():
 
 
 @pytest.mark.parametrize(
-    "name, params",
+    "name, params, heads, ranges",
     [
-        ("ppma_tiny", 14_335_272),
-        ("ppma_small", 26_969_472),
-        ("ppma_base", 54_158_524),
-        ("rmt_tiny", 14_334_216),
-        ("rmt_small", 26_967_240),
-        ("rmt_base", 54_154_896),
-        ("rmt_large", 95_464_864),
+        ("ppma_tiny", 14_335_272, (4, 4, 8, 16), None),
+        ("ppma_small", 26_969_472, (4, 4, 8, 16), None),
+        ("ppma_base", 54_158_524, (5, 5, 10, 16), None),
+        ("rmt_tiny", 14_334_216, (4, 4, 8, 16), (4, 4, 6, 6)),
+        ("rmt_small", 26_967_240, (4, 4, 8, 16), (4, 4, 6, 6)),
+        ("rmt_base", 54_154_896, (5, 5, 10, 16), (5, 5, 6, 6)),
+        ("rmt_large", 95_464_864, (7, 7, 14, 20), (6, 6, 6, 6)),
     ],
 )
-def test_variants_have_the_parameters_of_the_authors_models(name, params):
+def test_variants_are_those_of_the_authors_models(name, params, heads, ranges):
+    """What no parameter tells, too: forms, and of RMT heads and decays."""
     model = timm.create_model(name, device="meta")
     assert isinstance(model, PPMA) and isinstance(model, RMT) == name.startswith("rmt")
     assert sum(p.numel() for p in model.parameters()) == params
-    forms = [stage.blocks[0].attn.form for stage in model.stages]
-    assert forms == ["axial", "axial", "full" if "tiny" in name else "axial", "full"]
-    attns = [block.attn for stage in model.stages for block in stage.blocks]
-    assert {attn.paths for attn in attns} == {"row_first" if name.startswith("rmt") else "both"}
+    forms = ["axial", "axial", "full" if "tiny" in name else "axial", "full"]
+    for i, stage in enumerate(model.stages):
+        for attn in (block.attn for block in stage.blocks):
+            assert (attn.form, attn.num_heads) == (forms[i], heads[i])
+            assert attn.paths == ("both" if ranges is None else "row_first")
+            assert getattr(attn.decays, "decay_range", None) == (ranges and ranges[i])
 
 
 def test_layers_begin_as_published():

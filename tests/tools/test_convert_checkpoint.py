@@ -245,7 +245,8 @@ def test_a_converted_model_equals_one_loaded_part_by_part(name, cases, tmp_path,
     assert {"backbone.norm3.weight", *OLD_NAMES[name]} <= case.state.keys()
     out = tmp_path / "out.pth"
     assert run(case.file, out, "--config", case.config, "--cfg-options", *case.options) == 0
-    assert f"{len(case.state)} entries (official names)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{len(case.state)} entries (official names)" in said and "the file has" not in said
     content = read_checkpoint(out)
     assert content.keys() == {"meta", "state_dict"}
     meta = content["meta"]["dataset_meta"]
@@ -503,9 +504,12 @@ CLASSIFIERS = {
 def test_a_classifier_converts_to_what_timm_loads(name, tmp_path, capsys):
     official = make_state_dict(CLASSIFIERS[name], seed=2)
     source, out = tmp_path / "published.pth", tmp_path / "out.pth"
-    torch.save(official, source)
+    raw = {key: torch.zeros_like(value) for key, value in official.items()}
+    torch.save({"model": raw, "model_ema": official}, source)
     assert run(source, out, "--model", name) == 0
-    assert "left out" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "weights are those of 'model_ema'; the file has model too" in said
+    assert "left out" not in said
     converted = timm.create_model(name, checkpoint_path=str(out))  # which maps no names
     overlay = dict(file=str(source))
     native = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
