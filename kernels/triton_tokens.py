@@ -67,13 +67,19 @@ def accumulate(highest, total, out, logits, v, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def accumulate_grad_query(grad_query, logits, lse, shared, do, k, v, PRECISION: tl.constexpr):
+def weigh_gradients(logits, lse, do, v, PRECISION: tl.constexpr):
+    """Weights of a block of keys and their gradients, both (queries, keys)."""
+    grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    return tl.exp(logits - lse[:, None]), grad_weights
+
+
+@triton.jit
+def accumulate_grad_query(grad_query, weights, grad_weights, shared, k, PRECISION: tl.constexpr):
     """Add what a block of keys gives the gradient of queries, without the factor of the logits.
 
-    Logits are (queries, keys); ``shared`` is the term that the gradients of a query's logits share.
+    ``shared`` is the term that the gradients of a query's logits share.
     """
-    grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    grad_logits = tl.exp(logits - lse[:, None]) * (grad_weights + shared[:, None])
+    grad_logits = weights * (grad_weights + shared[:, None])
     return grad_query + tl.dot(grad_logits.to(k.dtype), k, input_precision=PRECISION)
 
 

@@ -22,6 +22,7 @@ from ..triton_tokens import (
     load_tokens,
     store_tokens,
     token_offset,
+    weigh_gradients,
 )
 from .triton_forward import (
     _find_own_tile,
@@ -159,7 +160,8 @@ def _backward_query_kernel(
             BLOCK_D,
             BLOCK,
         )
-        grad_query = accumulate_grad_query(grad_query, logits, lse, shared, do, k, v, PRECISION)
+        weights, grad_weights = weigh_gradients(logits, lse, do, v, PRECISION)
+        grad_query = accumulate_grad_query(grad_query, weights, grad_weights, shared, k, PRECISION)
     if extra_key_ptr is not None:
         extra_base = (batch * num_extra * num_heads + head) * HEAD_DIM
         for first_key in range(0, num_extra, BLOCK):
@@ -176,7 +178,10 @@ def _backward_query_kernel(
                 BLOCK_D,
                 BLOCK,
             )
-            grad_query = accumulate_grad_query(grad_query, logits, lse, shared, do, k, v, PRECISION)
+            weights, grad_weights = weigh_gradients(logits, lse, do, v, PRECISION)
+            grad_query = accumulate_grad_query(
+                grad_query, weights, grad_weights, shared, k, PRECISION
+            )
 
     store_tokens(grad_query_ptr, token * HEAD_DIM, grad_query * scale, is_query, HEAD_DIM, BLOCK_D)
 

@@ -2,7 +2,9 @@
 
 - ``_backward_query_kernel``: a program owns a tile of queries and walks through keys, as the
   forward kernel does. It also stores the term that all gradients of a query's logits share, for
-  the other kernels.
+  the other kernels: the mean of the weights' gradients. Its own is the product with the output,
+  which the mean is but for rounding; in half precision that tells where padded tokens, whose
+  gradients are sums over all queries, have most of the weight.
 - ``_backward_key_kernel``: a program owns a tile of keys and walks through the queries of the
   regions that keep its region, by the transposed list of the routes, or through all queries of the
   image if dense.
@@ -21,6 +23,7 @@ from ..triton_tokens import (
     load_tokens,
     store_tokens,
     token_offset,
+    weigh_gradients,
 )
 from .triton_forward import (
     _find_own_tokens,
@@ -119,18 +122,21 @@ def _backward_query_kernel(
     out = load_tokens(out_ptr, token * VALUE_DIM, 1, VALUE_DIM, BLOCK_V)
     lse = tl.load(lse_ptr + token)
     shared = -tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(shared_ptr + token, shared, mask=is_query)
     query_region = _region_of(row, column, columns, region_h, region_w)
 
     grad_query = tl.zeros([TILE, BLOCK_D], tl.float32)
-    if pad_key_ptr is not None:  # a pad key of 0 gives queries no gradient
+    total = tl.zeros([TILE], tl.float32)
+    mean = tl.zeros([TILE], tl.float32)
+    if pad_count_ptr is not None:
         pad_count_ptr += batch * num_regions
         pad_logits, pad_key = _score_pad(
             q, query_region, pad_count_ptr, pad_key_ptr, head, scale, HEAD_DIM, BLOCK_D
         )
         pad_value = _load_pad_value(pad_value_ptr, head, VALUE_DIM, BLOCK_V)
         grad_pad_weights = tl.sum(do.to(tl.float32) * pad_value[None, :], 1)
-        grad_pad_logits = tl.exp(pad_logits - lse) * (grad_pad_weights + shared)
+        total = tl.exp(pad_logits - lse)
+        mean = total * grad_pad_weights
+        grad_pad_logits = total * (grad_pad_weights + shared)
         grad_query = grad_pad_logits[:, None] * pad_key[None, :]
     for first_key in range(0, num_keys, BLOCK):
         k, v, logits = _score_block(
@@ -162,8 +168,12 @@ def _backward_query_kernel(
             BLOCK_V,
             BLOCK,
         )
-        grad_query = accumulate_grad_query(grad_query, logits, lse, shared, do, k, v, PRECISION)
+        weights, grad_weights = weigh_gradients(logits, lse, do, v, PRECISION)
+        total += tl.sum(weights, 1)
+        mean += tl.sum(weights * grad_weights, 1)
+        grad_query = accumulate_grad_query(grad_query, weights, grad_weights, shared, k, PRECISION)
 
+    tl.store(shared_ptr + token, -mean / total, mask=is_query)  # total is 1 but for lse's rounding
     store_tokens(grad_query_ptr, token * HEAD_DIM, grad_query * scale, is_query, HEAD_DIM, BLOCK_D)
 
 

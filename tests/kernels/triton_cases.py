@@ -19,6 +19,8 @@ from operator_cases import assert_within_budget
 from densezoo.kernels import triton_launch
 from densezoo.kernels.polyline_attention.decays import Polyline
 from densezoo.kernels.polyline_attention.reference import polyline_attention_reference
+from densezoo.kernels.routing_attention.reference import routing_attention_reference
+from densezoo.kernels.routing_attention.regions import cut
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,13 @@ def _neighborhood_suite():
     )
 
 
+def _routing_lse(case, inputs):
+    tensors = [inputs[name] for name in routing_cases.TENSORS]
+    regions = cut(case.grid, case.num_regions, case.region_size)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    return routing_attention_reference(*tensors, regions, scale)[1]
+
+
 def _routing_suite():
     Case, pads = routing_cases.Case, routing_cases.PADS
     small = [
@@ -116,6 +125,7 @@ def _routing_suite():
             Case((27, 27), (7, 7), 46, pads=pads),
         ],
         usual=Case((50, 76), (16, 16), 16, pads=pads, batch=2, heads=3, head_dim=32),
+        lse=_routing_lse,
     )
 
 
