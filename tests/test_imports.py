@@ -72,8 +72,12 @@ assert child.get("DenseBackbone") is MODELS.get("DenseBackbone")
     assert result.stdout == result.stderr == ""
 
 
-def test_it_costs_at_most_300_ms_over_timm():
-    """Processor time, least of three: other work on the machine is not ours."""
+def test_it_costs_at_most_300_ms_over_timm(monkeypatch):
+    """Processor time, least of three: other work on the machine is not ours, nor is compiling.
+
+    The first may write the byte code that installed packages have.
+    """
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     script = """
 import time, timm
 start = time.process_time()
