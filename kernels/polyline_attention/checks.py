@@ -22,12 +22,8 @@ def checked_call(
     form: str,
     paths: str,
     scale: float | None,
-    is_range_known: bool = False,
 ) -> tuple[Tensors, Polyline, float]:
-    """Check the arguments of a call; give its tensors (cast, under autocast), form and scale.
-
-    `is_range_known` says that decays need no look at their range.
-    """
+    """Check the arguments of a call; give its tensors (cast, under autocast), form and scale."""
     tensors = (query, key, value, log_alpha, log_beta)
     checks.check_tensors(dict(zip(TENSOR_NAMES, tensors, strict=True)))
     for name, word, words in (("form", form, FORMS), ("paths", paths, PATHS)):
@@ -42,7 +38,7 @@ def checked_call(
     query, key, value = checks.cast_under_autocast((query, key, value))
     checks.check_alike(dict(query=query, key=key, value=value))
     for name, decays in (("log_alpha", log_alpha), ("log_beta", log_beta)):
-        _check_decays(name, decays, query, is_range_known)
+        _check_decays(name, decays, query)
     return (query, key, value, log_alpha, log_beta), Polyline(form, paths), scale
 
 
@@ -55,14 +51,14 @@ def _check_grids(query: Tensor, **decays: Tensor) -> None:
             )
 
 
-def _check_decays(name: str, decays: Tensor, query: Tensor, is_range_known: bool) -> None:
+def _check_decays(name: str, decays: Tensor, query: Tensor) -> None:
     if decays.dtype not in (query.dtype, torch.float32):
         raise ValueError(
             f"{name} has dtype {decays.dtype}: torch.float32 or the dtype of query, {query.dtype}, "
             "is taken"
         )
     checks.check_device(name, decays, "query", query)
-    if is_range_known or decays.numel() == 0 or not checks.can_be_read(decays):
+    if decays.numel() == 0 or not checks.can_be_read(decays):
         return
     lowest, highest = (float(end) for end in decays.detach().aminmax())  # NaN where there is one
     # Of what is below, sums along a line may be infinite, and the difference of two of them NaN.

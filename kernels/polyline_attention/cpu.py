@@ -8,12 +8,11 @@ those of the lines of one axis where these are few. Both are deterministic.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import runtime
 from . import cpu_axial, cpu_full
-from .decays import Polyline, decay_gradients, prefix_sums, sum_dtype
+from .decays import Polyline, decay_gradients, sum_dtype
 
 
 def why_not(
@@ -55,8 +54,8 @@ def forward(
     dtype = sum_dtype(query)
     out = query.new_empty(value.shape)
     lse = query.new_empty((*query.shape[:4], geometry.num_softmaxes), dtype=dtype)
-    sums = prefix_sums(log_alpha, log_beta, dtype)
     form = cpu_full if geometry.form == "full" else cpu_axial
+    sums = form.prefix_sums(log_alpha, log_beta, dtype)
     form.forward(query, key, value, *sums, geometry.paths, scale, out, lse)
     return out, lse
 
@@ -93,10 +92,12 @@ def backward(
         Gradients in the dtypes of their inputs; None for what is not needed.
     """
     dtype = sum_dtype(query)
-    sums = prefix_sums(log_alpha, log_beta, dtype)
-    grads = [t.new_empty(t.shape) for t in (query, key, value)]
-    grad_sums = tuple(torch.zeros_like(t) for t in sums) if needs_decay_grad else None
     form = cpu_full if geometry.form == "full" else cpu_axial
+    sums = form.prefix_sums(log_alpha, log_beta, dtype)
+    grads = [t.new_empty(t.shape) for t in (query, key, value)]
+    grad_sums = None
+    if needs_decay_grad:
+        grad_sums = tuple(t.new_empty(t.shape, dtype=dtype) for t in (log_alpha, log_beta))
     form.backward(
         grad_out, query, key, value, *sums, geometry.paths, scale, dtype, *grads, grad_sums
     )

@@ -4,8 +4,10 @@ With both paths the output is Ah (Aw v) + Aw (Ah v), halved: lines of one axis a
 those of the other, then those of the first again. The first axis is the one of shorter lines; its
 weights are kept meanwhile where they are few, and made anew elsewhere.
 
-Shapes: (H, W) the map, h heads, G heads of images together, D and E channels of a head of keys and
-of values, n lines of L tokens, K keys of a line: its tokens, or more, that no query attends to.
+Maps are (B, H, h, W, ...): of one image the lines of rows and of columns both are views, n after n.
+
+Shapes: B images, (H, W) the map, h heads, D and E channels of a head of keys and of values, n lines
+of L tokens, K keys of a line: its tokens, or more, that no query attends to.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu_pieces import Group, even_size, groups, index_sign, log_sum_exp
+from .cpu_pieces import Group, even_size, groups, index_sign, log_sum_exp, sum_along
 
 # Weights of some lines that are made at a time: 1 MiB of float32.
 BLOCK = 1 << 18
@@ -36,9 +38,9 @@ class _Axis:
     """The lines of one axis of some heads of images: n of L tokens.
 
     Args:
-        query: (G, H, W, D).
-        key: (G, H, W, D).
-        sums: (G, H, W), prefix sums of decays along the lines.
+        query: (B, H, h, W, D).
+        key: (B, H, h, W, D).
+        sums: (B, H, h, W), prefix sums of decays along the lines.
         scale: factor of the logits.
         is_row: whether lines are rows, not columns.
         is_kept: whether weights are gone over twice.
@@ -49,8 +51,9 @@ class _Axis:
     ) -> None:
         self.is_row = is_row
         self.scale = scale
-        self.grid = query.shape[:3]
-        self.query, self.key, self.sums = self.lines(query), self.keys(key), self.lines(sums)
+        self.grid = query.shape[:4]
+        self.query, self.key = self.lines(query), self.keys(key)
+        self.sums = self.lines(sums).contiguous()
         num_lines, length = self.sums.shape
         self.shape = num_lines, length, self.key.shape[1]  # n, L, K
         self.key_sums, missing = self.sums, self.shape[2] - length
@@ -61,22 +64,22 @@ class _Axis:
         self._kept: list[tuple[slice, Tensor]] | None = [] if is_kept else None
 
     def lines(self, tokens: Tensor) -> Tensor:
-        """(G, H, W, ...) as lines (n, L, ...)."""
-        return (tokens if self.is_row else tokens.transpose(1, 2)).flatten(0, 1)
+        """(B, H, h, W, ...) as lines (n, L, ...)."""
+        return (tokens if self.is_row else tokens.movedim(1, 3)).flatten(0, 2)
 
     def keys(self, tokens: Tensor) -> Tensor:
-        """(G, H, W, D) as those of lines (n, K, D), zeros after the tokens."""
+        """(B, H, h, W, D) as those of lines (n, K, D), zeros after the tokens."""
         lines = self.lines(tokens)
         missing = _FEWEST_KEYS - lines.shape[1]
         return F.pad(lines, (0, 0, 0, missing)) if missing > 0 else lines
 
     def map(self, lines: Tensor) -> Tensor:
-        """Lines (n, L, ...), or keys, as (G, H, W, ...)."""
-        num_heads, height, width = self.grid
+        """Lines (n, L, ...), or keys, as (B, H, h, W, ...)."""
+        batch, height, heads, width = self.grid
         tokens = lines[:, : self.shape[1]]
         if self.is_row:
-            return tokens.unflatten(0, (num_heads, height))
-        return tokens.unflatten(0, (num_heads, width)).transpose(1, 2)
+            return tokens.unflatten(0, (batch, height, heads))
+        return tokens.unflatten(0, (batch, heads, width)).movedim(3, 1)
 
     def blocks(self, own: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Go over some lines at a time: which ones, and their weights (lines, L, K).
@@ -114,7 +117,7 @@ class _Axis:
             yield at, logits
 
     def log_sum_exp(self, own: Tensor) -> Tensor:
-        """Give the logarithms of the denominators, (G, H, W), by what `blocks` wrote."""
+        """Give the logarithms of the denominators, (B, H, h, W), by what `blocks` wrote."""
         logarithms = log_sum_exp(*own)
         if logarithms is None:
             logarithms = own[0]
@@ -125,6 +128,18 @@ class _Axis:
     def _space(self) -> Tensor:
         """Make room for some lines: (lines, L, K)."""
         return self.sums.new_empty(min(self.step, self.shape[0]), *self.shape[1:])
+
+
+def prefix_sums(log_alpha: Tensor, log_beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sum decays along lines: those along rows, and those along columns, (B, H, h, W) each.
+
+    Args:
+        log_alpha: (B, H, W, h).
+        log_beta: like log_alpha.
+        dtype: that of the sums.
+    """
+    log_alpha, log_beta = (t.movedim(3, 2) for t in (log_alpha, log_beta))
+    return sum_along(log_alpha, 3, dtype), sum_along(log_beta, 1, dtype)
 
 
 def forward(
@@ -138,12 +153,14 @@ def forward(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Fill `out`, (B, H, W, h, E), and `lse`, (B, H, W, h, 2), for the other arguments."""
+    """Fill `out`, (B, H, W, h, E), and `lse`, (B, H, W, h, 2), for the other arguments.
+
+    `along_rows` and `along_columns` are what `prefix_sums` gives.
+    """
     has_both = paths == "both"
     for group in _groups(query):
-        q, k, v, *sums = (
-            group.take(t, lse.dtype) for t in (query, key, value, along_rows, along_columns)
-        )
+        q, k, v = (_take(group, t, lse.dtype) for t in (query, key, value))
+        sums = [t[group.images, :, group.heads] for t in (along_rows, along_columns)]
         axes = _axes(q, k, *sums, scale, paths, has_both)
         first, second = axes
         own = [axis.sums.new_empty(2, *axis.sums.shape) for axis in axes]
@@ -153,13 +170,13 @@ def forward(
             result = _attend(first, [other])[0].add_(twice).mul_(0.5)
         else:
             (result,) = _attend(second, [once], own[1])
-        group.put(result, out)
+        _put(result, group, out)
         for axis, of_axis in zip(axes, own, strict=True):
-            group.put(axis.log_sum_exp(of_axis), lse[..., 0 if axis.is_row else 1])
+            _put(axis.log_sum_exp(of_axis), group, lse[..., 0 if axis.is_row else 1])
 
 
 def _attend(axis: _Axis, values: list[Tensor], own: Tensor | None = None) -> list[Tensor]:
-    """Sum values along lines: (G, H, W, E) to the same."""
+    """Sum values along lines: (B, H, h, W, E) to the same."""
     values = [axis.keys(value) for value in values]
     results = [value.new_empty(*axis.shape[:2], value.shape[2]) for value in values]
     for at, weights in axis.blocks(own):
@@ -185,31 +202,31 @@ def backward(
 ) -> None:
     """Fill the gradients of query, key and value, and those of the prefix sums if asked for.
 
-    `dtype` is that of all that is computed.
+    The latter are (B, H, W, h), `along_rows` and `along_columns` what `prefix_sums` gives; `dtype`
+    is that of all that is computed.
     """
     differentiate = _differentiate_both if paths == "both" else _differentiate_row_first
     for group in _groups(query):
-        q, k, v, grad, *sums = (
-            group.take(t, dtype) for t in (query, key, value, grad_out, along_rows, along_columns)
-        )
+        q, k, v, grad = (_take(group, t, dtype) for t in (query, key, value, grad_out))
+        sums = [t[group.images, :, group.heads] for t in (along_rows, along_columns)]
         axes = _axes(q, k, *sums, scale, paths, True)
         grad_v, *of_axes = differentiate(*axes, v, grad, grad_sums is not None)
-        group.put(grad_v, grad_value)
-        group.put((of_axes[0].query + of_axes[1].query).mul_(scale), grad_query)
-        group.put((of_axes[0].key + of_axes[1].key).mul_(scale), grad_key)
+        _put(grad_v, group, grad_value)
+        _put((of_axes[0].query + of_axes[1].query).mul_(scale), group, grad_query)
+        _put((of_axes[0].key + of_axes[1].key).mul_(scale), group, grad_key)
         if grad_sums is not None:
             for axis, of_axis in zip(axes, of_axes, strict=True):
-                group.put(of_axis.sums, grad_sums[0 if axis.is_row else 1])
+                _put(of_axis.sums, group, grad_sums[0 if axis.is_row else 1])
 
 
 class _Gradients(NamedTuple):
-    """Those of the product of an axis' weights and values, all as maps (G, H, W, ...).
+    """Those of the product of an axis' weights and values, all as maps (B, H, h, W, ...).
 
     Attributes:
-        value: (G, H, W, E).
-        query: (G, H, W, D), less the scale.
-        key: (G, H, W, D), less the scale.
-        sums: (G, H, W), of the prefix sums; None if not asked for.
+        value: (B, H, h, W, E).
+        query: (B, H, h, W, D), less the scale.
+        key: (B, H, h, W, D), less the scale.
+        sums: (B, H, h, W), of the prefix sums; None if not asked for.
     """
 
     value: Tensor
@@ -248,7 +265,7 @@ def _differentiate_both(
 
 
 def _attend_both_ways(axis: _Axis, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply values by weights and cotangents by transposed weights: (G, H, W, E) both."""
+    """Multiply values by weights and cotangents by transposed weights: (B, H, h, W, E) both."""
     values, cotangents = axis.keys(value), axis.lines(grad)
     result, transposed = (torch.empty_like(t, **_CONTIGUOUS) for t in (cotangents, values))
     for at, weights in axis.blocks():
@@ -268,10 +285,10 @@ def _differentiate(
 
     Args:
         axis: the lines.
-        grad: (G, H, W, E), cotangent of the product.
-        value: (G, H, W, E).
+        grad: (B, H, h, W, E), cotangent of the product.
+        value: (B, H, h, W, E).
         needs_sums: whether to give the gradient of the prefix sums.
-        attended: (G, H, W, E') or None, other values to multiply by the weights.
+        attended: (B, H, h, W, E') or None, other values to multiply by the weights.
 
     Returns:
         The gradients, and the product with `attended`.
@@ -299,6 +316,18 @@ def _differentiate(
             torch.sub(grad_logits.sum(2), of_keys, out=grad_sums[at])
     maps = (None if t is None else axis.map(t) for t in (*grads, grad_sums))
     return _Gradients(*maps), None if products is None else axis.map(products)
+
+
+def _take(group: Group, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Take those of a group of (B, H, W, h, ...): (B, H, h, W, ...), whose lines are views."""
+    part = group.of(tokens).movedim(3, 2).to(dtype)
+    is_one_head = part.shape[0] == part.shape[2] == 1
+    return part if is_one_head else part.contiguous()
+
+
+def _put(part: Tensor, group: Group, tokens: Tensor) -> None:
+    """Write (B, H, h, W, ...) into those of a group of (B, H, W, h, ...)."""
+    group.of(tokens).movedim(3, 2).copy_(part)
 
 
 def _groups(query: Tensor) -> Iterator[Group]:

@@ -18,13 +18,47 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cpu_pieces import Group, even_size, groups, index_sign, log_sum_exp, multiply
+from .cpu_pieces import (
+    Group,
+    even_size,
+    groups,
+    index_sign,
+    is_for_onednn,
+    log_sum_exp,
+    multiply,
+    sum_along,
+)
 
 # Logits of a block: 2 MiB of float32. Half or twice as many take within 10% of the time; fewer are
 # products that are too small, more do not fit the cache. In float32 with head_dim 32, on one core
 # of an AMD EPYC (AVX-512) beside other work, a logit of 32x42 tokens takes 3.5 ns, with two calls
 # of flash attention, which would be given the masks, 5 ns and the time to make these.
 BLOCK = 1 << 19
+# Columns of a map below which its rows fill no vector in sums that broadcast along one axis.
+_FEWEST_COLUMNS = 32
+
+
+class _Mask(NamedTuple):
+    """The log mask of a path: of its line from the query to where it turns, and of the rest.
+
+    The former is |of_query - of_turn|, the prefix sums of both along that line.
+
+    Attributes:
+        of_query: (G, I, J, 1, 1).
+        of_turn: (G, I, 1, 1, W) or (G, 1, J, H, 1), the columns or rows where paths turn; or as
+            `to_key`, that of each key, where rows are short.
+        to_key: (G, I, 1, H, W) or (G, 1, J, H, W), with signs changed.
+    """
+
+    of_query: Tensor
+    of_turn: Tensor
+    to_key: Tensor
+
+    def add(self, logits: Tensor, space: Tensor, out: Tensor) -> None:
+        """Add it to logits; all are (G, I, J, H, W), and `out` may be either."""
+        is_of_keys = self.of_turn.shape == self.to_key.shape
+        to_turn = torch.sub(self.of_query, self.of_turn, out=space if is_of_keys else None)
+        torch.sub(logits, to_turn.abs_(), out=out).sub_(self.to_key)
 
 
 class _Block(NamedTuple):
@@ -34,16 +68,13 @@ class _Block(NamedTuple):
         rows: which rows.
         columns: which columns.
         shape: (G, I, J, H, W).
-        masks: of each path two log masks with their signs changed, which broadcast to that shape:
-            of the row-first path (G, I, J, 1, W) along the query's row and (G, I, 1, H, W) along
-            the key's column, of the column-first one (G, 1, J, H, W) along the key's row and
-            (G, I, J, H, 1) along the query's column.
+        masks: of the row-first path, and of the column-first one if there are both.
     """
 
     rows: slice
     columns: slice
     shape: tuple[int, int, int, int, int]
-    masks: tuple[tuple[Tensor, Tensor], ...]
+    masks: tuple[_Mask, ...]
 
     def queries(self, tokens: Tensor) -> Tensor:
         """Take those of (G, H, W, ...): (G, I * J, ...)."""
@@ -76,15 +107,12 @@ class _Block(NamedTuple):
         Args:
             query: (G, H, W, D), multiplied by the scale.
             key: (G, N, D).
-            spaces: (3, G, I * J, N), of which the first is written to, and the last for the first
-                of two paths.
+            spaces: (3, G, I * J, N), of which the first and the last are written to.
         """
         logits = multiply(self.queries(query), key, spaces[0])
-        for path, masks in enumerate(self.masks):
+        for path, mask in enumerate(self.masks):
             masked = spaces[2] if path < len(self.masks) - 1 else logits
-            view = masked.view(self.shape)
-            torch.sub(logits.view(self.shape), masks[0], out=view)
-            view.sub_(masks[1])
+            mask.add(*(t.view(self.shape) for t in (logits, spaces[2], masked)))
             yield masked
 
     def weights(
@@ -121,22 +149,28 @@ def _blocks(along_rows: Tensor, along_columns: Tensor, paths: str) -> Iterator[_
     num_rows, num_columns = even_size(height, queries // width), even_size(width, queries)
     for left in range(0, width, num_columns):
         columns = slice(left, min(left + num_columns, width))
-        on_columns = along_rows[:, :, columns]
-        key_row = None
         if paths == "both":
-            key_row = on_columns.transpose(1, 2).unsqueeze(3) - along_rows.unsqueeze(1)
-            key_row = key_row.abs_().unsqueeze(1)
+            of_turn = along_columns[:, None, :, columns].transpose(2, 3).unsqueeze(4)
+            to_key = along_rows[:, None, :, columns].transpose(2, 3).unsqueeze(4)
+            of_column = _turns(of_turn, (to_key - along_rows[:, None, None]).abs_())
         for top in range(0, height, num_rows):
             rows = slice(top, min(top + num_rows, height))
-            query_row = on_columns[:, rows].unsqueeze(3) - along_rows[:, rows].unsqueeze(2)
-            key_column = along_columns[:, rows].unsqueeze(2) - along_columns.unsqueeze(1)
-            masks = [(query_row.abs_().unsqueeze(3), key_column.abs_().unsqueeze(2))]
+            on_rows, on_columns = (
+                t[:, rows, columns, None, None] for t in (along_rows, along_columns)
+            )
+            of_turn = along_rows[:, rows, None, None]
+            to_key = along_columns[:, rows, None, None] - along_columns[:, None, None]
+            masks = [_Mask(on_rows, *_turns(of_turn, to_key.abs_()))]
             if paths == "both":
-                of_keys = along_columns[:, :, columns].transpose(1, 2).unsqueeze(1)
-                query_column = along_columns[:, rows, columns].unsqueeze(3) - of_keys
-                masks.append((key_row, query_column.abs_().unsqueeze(4)))
+                masks.append(_Mask(on_columns, *of_column))
             shape = num_heads, rows.stop - top, columns.stop - left, height, width
             yield _Block(rows, columns, shape, tuple(masks))
+
+
+def _turns(of_turn: Tensor, to_key: Tensor) -> tuple[Tensor, Tensor]:
+    """Give a mask's prefix sums at turns, for each key where rows are short, and the rest of it."""
+    is_short = to_key.shape[4] < _FEWEST_COLUMNS
+    return of_turn.expand_as(to_key).contiguous() if is_short else of_turn, to_key
 
 
 def _space(query: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,6 +179,18 @@ def _space(query: Tensor, dtype: torch.dtype) -> Tensor:
     tokens = height * width
     entries = min(max(BLOCK, tokens), batch * heads * tokens**2)
     return query.new_empty(3, entries, dtype=dtype)
+
+
+def prefix_sums(log_alpha: Tensor, log_beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sum decays along lines: those along rows, and those along columns, (B, h, H, W) each.
+
+    Args:
+        log_alpha: (B, H, W, h).
+        log_beta: like log_alpha.
+        dtype: that of the sums.
+    """
+    log_alpha, log_beta = (t.movedim(3, 1) for t in (log_alpha, log_beta))
+    return sum_along(log_alpha, 3, dtype), sum_along(log_beta, 2, dtype)
 
 
 def forward(
@@ -158,28 +204,33 @@ def forward(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Fill `out`, (B, H, W, h, E), and `lse`, (B, H, W, h, paths), for the other arguments."""
+    """Fill `out`, (B, H, W, h, E), and `lse`, (B, H, W, h, paths), for the other arguments.
+
+    `along_rows` and `along_columns` are what `prefix_sums` gives.
+    """
     dtype = lse.dtype
     factor = 0.5 if paths == "both" else 1.0
     space = _space(query, dtype)
     for group in _groups(query):
-        q = (group.take(query, dtype) * scale).contiguous()
-        k, v = (group.take(t, dtype).flatten(1, 2) for t in (key, value))
-        k, v = k.contiguous(), (v.transpose(1, 2) * factor).contiguous()
-        sums = [group.take(t, dtype) for t in (along_rows, along_columns)]
+        q = _take(group, query, dtype) * scale
+        k = _take(group, key, dtype).flatten(1, 2)
+        v = (_take(group, value, dtype) * factor).flatten(1, 2).transpose(1, 2)
+        if is_for_onednn(q):
+            q, k, v = (t.contiguous() for t in (q, k, v))
+        sums = [t[group.images, group.heads].flatten(0, 1) for t in (along_rows, along_columns)]
         result = q.new_empty(*q.shape[:3], v.shape[1])
         own = q.new_empty(1 + lse.shape[-1], *q.shape[:3])
         for block in _blocks(*sums, paths):
             weights = block.weights(q, k, block.spaces(space), own)
             block.put(multiply(_total(weights), v), result)
-        group.put(result, out)
+        _put(result, group, out)
         logarithms = log_sum_exp(own[0], own[1:])
         if logarithms is None:
             logarithms = own[1:]
             for block in _blocks(*sums, paths):
                 for path, logits in enumerate(block.logits(q, k, block.spaces(space))):
                     block.put(logits.logsumexp(-1), logarithms[path])
-        group.put(logarithms.movedim(0, 3), lse)
+        _put(logarithms.movedim(0, 3), group, lse)
 
 
 def backward(
@@ -199,15 +250,16 @@ def backward(
 ) -> None:
     """Fill the gradients of query, key and value, and those of the prefix sums if asked for.
 
-    `dtype` is that of all that is computed.
+    The latter are (B, H, W, h), `along_rows` and `along_columns` what `prefix_sums` gives; `dtype`
+    is that of all that is computed.
     """
     factor = 0.5 if paths == "both" else 1.0
     space = _space(query, dtype)
     for group in _groups(query):
-        q = (group.take(query, dtype) * scale).contiguous()
-        grad = (group.take(grad_out, dtype) * factor).contiguous()
-        k, v = (group.take(t, dtype).flatten(1, 2).contiguous() for t in (key, value))
-        sums = [group.take(t, dtype) for t in (along_rows, along_columns)]
+        q = (_take(group, query, dtype) * scale).contiguous()
+        grad = (_take(group, grad_out, dtype) * factor).contiguous()
+        k, v = (_take(group, t, dtype).flatten(1, 2).contiguous() for t in (key, value))
+        sums = [t[group.images, group.heads].flatten(0, 1) for t in (along_rows, along_columns)]
         grad_q = torch.empty_like(q)
         # Transposed, as products take and give them.
         key_channels = k.transpose(1, 2).contiguous()
@@ -229,12 +281,12 @@ def backward(
             ):
                 grads += multiply(left.transpose(1, 2).contiguous(), right.transpose(1, 2))
             block.put(multiply(grad_total, key_channels), grad_q)
-        group.put(grad_q.mul_(scale), grad_query)
-        group.put(grad_k.transpose(1, 2), grad_key)
-        group.put(grad_v.transpose(1, 2), grad_value)
+        _put(grad_q.mul_(scale), group, grad_query)
+        _put(grad_k.transpose(1, 2), group, grad_key)
+        _put(grad_v.transpose(1, 2), group, grad_value)
         if grad_sums is not None:
             for part, total in zip(of_sums, grad_sums, strict=True):
-                group.put(part, total)
+                _put(part, group, total)
 
 
 def _total(of_paths: Sequence[Tensor]) -> Tensor:
@@ -280,6 +332,17 @@ class _SumGradients(NamedTuple):
         along_column = column_first.sum(4).mul_(column_sign.unsqueeze(1))  # (G, I, J, H)
         self.columns[:, rows, columns] += along_column.sum(3)
         self.columns[:, :, columns] -= along_column.sum(1).transpose(1, 2)
+
+
+def _take(group: Group, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Take those of a group of (B, H, W, h, ...): (G, H, W, ...), a view where it can be one."""
+    return group.of(tokens).movedim(3, 1).to(dtype).flatten(0, 1)
+
+
+def _put(part: Tensor, group: Group, tokens: Tensor) -> None:
+    """Write (G, H, W, ...), or (G, N, ...), into those of a group of (B, H, W, h, ...)."""
+    view = group.of(tokens).movedim(3, 1)
+    view.copy_(part.reshape(view.shape))
 
 
 def _groups(query: Tensor) -> Iterator[Group]:

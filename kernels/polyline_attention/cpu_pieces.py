@@ -23,16 +23,21 @@ class Group(NamedTuple):
     images: slice
     heads: slice
 
-    def take(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """Give (B, H, W, h, ...) as (G, H, W, ...): contiguous, or for one head a view."""
-        part = tokens[self.images, :, :, self.heads].movedim(3, 1).to(dtype)
-        is_one = part.shape[:2] == (1, 1)
-        return part[0] if is_one else part.contiguous().flatten(0, 1)
+    def of(self, tokens: Tensor) -> Tensor:
+        """Take theirs of (B, H, W, h, ...): a view."""
+        return tokens[self.images, :, :, self.heads]
 
-    def put(self, part: Tensor, tokens: Tensor) -> None:
-        """Write (G, H, W, ...) into (B, H, W, h, ...)."""
-        view = tokens[self.images, :, :, self.heads].movedim(3, 1)
-        view.copy_(part.reshape(view.shape))
+
+def sum_along(decays: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    """Sum decays along an axis, from 0 at its first one, which is left out: contiguous.
+
+    As `decays.prefix_sums` does, without a pass to put the zeros in and one to order the sums.
+    """
+    sums = decays.new_empty(decays.shape, dtype=dtype)
+    sums.select(axis, 0).zero_()
+    rest = (axis, 1, decays.shape[axis] - 1)
+    torch.cumsum(decays.narrow(*rest), axis, dtype=dtype, out=sums.narrow(*rest))
+    return sums
 
 
 def groups(batch: int, num_heads: int, most: int) -> Iterator[Group]:
@@ -56,20 +61,24 @@ def even_size(length: int, most: int) -> int:
     return -(-length // num_parts)
 
 
+def is_for_onednn(factor: Tensor) -> bool:
+    """Whether `multiply` leaves it to oneDNN, which takes half the time of PyTorch's products.
+
+    It takes contiguous factors of one head, (1, rows, D).
+    """
+    backend = torch.backends.mkldnn
+    is_one = len(factor) == 1 and factor.dtype == torch.float32
+    return is_one and backend.is_available() and backend.enabled
+
+
 def multiply(left: Tensor, right: Tensor, space: Tensor | None = None) -> Tensor:
     """Multiply (G, rows, D) by the transposes of (G, columns, D): (G, rows, columns).
 
-    By oneDNN where it can, which takes half the time of PyTorch's products; elsewhere the result is
-    in `space` if that is given.
+    In `space` if that is given, but not by oneDNN.
     """
-    backend = torch.backends.mkldnn
-    if (
-        len(left) > 1
-        or left.dtype != torch.float32
-        or not (backend.is_available() and backend.enabled)
-    ):
-        return torch.bmm(left, right.transpose(1, 2), out=space)
-    return torch.ops.mkldnn._linear_pointwise(left[0], right[0], None, "none", [], "")[None]
+    if is_for_onednn(left):
+        return torch.ops.mkldnn._linear_pointwise(left[0], right[0], None, "none", [], "")[None]
+    return torch.bmm(left, right.transpose(1, 2), out=space)
 
 
 def log_sum_exp(own_logits: Tensor, own_weights: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ..checks import cast_under_autocast
 from ..operators import Operator, Shape
 from . import cpu
 from .checks import checked_call
@@ -97,14 +98,14 @@ def attend_with_decays(
     paths: str = "both",
     scale: float | None = None,
 ) -> Tensor:
-    """Compute :func:`polyline_attention` without a look at the range of the decays.
+    """Compute :func:`polyline_attention` without a look at the arguments.
 
-    For those that are negative as they are made: a GPU need not wait for it.
+    For what belongs together and has negative decays as it is made: that takes time in every call,
+    and a GPU need not wait for the range of the decays.
     """
-    tensors, geometry, scale = checked_call(
-        query, key, value, log_alpha, log_beta, form, paths, scale, is_range_known=True
-    )
-    return OPERATOR(tensors, geometry, scale, None)[0]
+    tensors = *cast_under_autocast((query, key, value)), log_alpha, log_beta
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return OPERATOR(tensors, Polyline(form, paths), scale, None)[0]
 
 
 def _import_triton() -> ModuleType:

@@ -169,6 +169,19 @@ def test_decays_of_tokens_are_their_formula():
             assert torch.allclose(found[..., g], expected, rtol=1e-8, atol=1e-12)
 
 
+def test_decays_in_inference_are_precise_from_tiny_to_large_steps():
+    decays = TokenDecays(1, 1)
+    decays.proj.weight.data.fill_(1)
+    x = torch.linspace(-80, 80, 40001)
+    with torch.inference_mode():
+        found = decays(x.view(1, -1, 1, 1)).flatten(1).double()
+        rate = decays.log_rate.exp().double()
+        # The sum as float32 has it: its rounding is not softplus's.
+        steps = (x + decays.step_bias).double()
+    expected = -rate * torch.log1p(steps.exp())
+    torch.testing.assert_close(found, expected.expand(2, -1), rtol=1e-6, atol=0)
+
+
 def test_decays_begin_as_published():
     torch.manual_seed(0)
     decays = TokenDecays(8, 2000)
