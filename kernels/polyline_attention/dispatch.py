@@ -8,7 +8,6 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ..checks import cast_under_autocast
 from ..operators import Operator, Shape
 from . import cpu
 from .checks import checked_call
@@ -100,10 +99,10 @@ def attend_with_decays(
 ) -> Tensor:
     """Compute :func:`polyline_attention` without a look at the arguments.
 
-    For what belongs together and has negative decays as it is made: that takes time in every call,
-    and a GPU need not wait for the range of the decays.
+    For what belongs together, has one dtype (under autocast its own) and negative decays as it is
+    made: a look takes time in every call, and a GPU would wait for the range of the decays.
     """
-    tensors = *cast_under_autocast((query, key, value)), log_alpha, log_beta
+    tensors = (query, key, value, log_alpha, log_beta)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return OPERATOR(tensors, Polyline(form, paths), scale, None)[0]
 

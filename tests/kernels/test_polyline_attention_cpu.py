@@ -21,6 +21,7 @@ PUBLISHED_CASES = [
 KINDS = {
     "full": Case((7, 9), batch=3, heads=3, value_dim=5),
     "full, row first": Case((9, 7), "full", "row_first", batch=2, heads=3),
+    "full, long rows": Case((4, 33), batch=2),
     "axial, wide": Case((7, 19), "axial", batch=3, heads=3, value_dim=5),
     "axial, tall": Case((19, 7), "axial", batch=2),
     "axial, row first": Case((18, 17), "axial", "row_first", batch=2),
