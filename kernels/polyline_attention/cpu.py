@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import runtime
 from . import cpu_axial, cpu_full
+from .cpu_pieces import prefix_sums
 from .decays import Polyline, decay_gradients, sum_dtype
 
 
@@ -55,7 +56,7 @@ def forward(
     out = query.new_empty(value.shape)
     lse = query.new_empty((*query.shape[:4], geometry.num_softmaxes), dtype=dtype)
     form = cpu_full if geometry.form == "full" else cpu_axial
-    sums = form.prefix_sums(log_alpha, log_beta, dtype)
+    sums = prefix_sums(log_alpha, log_beta, dtype, form.HEAD_AXIS)
     form.forward(query, key, value, *sums, geometry.paths, scale, out, lse)
     return out, lse
 
@@ -93,7 +94,7 @@ def backward(
     """
     dtype = sum_dtype(query)
     form = cpu_full if geometry.form == "full" else cpu_axial
-    sums = form.prefix_sums(log_alpha, log_beta, dtype)
+    sums = prefix_sums(log_alpha, log_beta, dtype, form.HEAD_AXIS)
     grads = [t.new_empty(t.shape) for t in (query, key, value)]
     grad_sums = None
     if needs_decay_grad:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu_pieces import Group, even_size, groups, index_sign, log_sum_exp, sum_along
+from .cpu_pieces import Group, even_size, groups, index_sign, log_sum_exp
 
 # Weights of some lines that are made at a time: 1 MiB of float32.
 BLOCK = 1 << 18
@@ -32,6 +32,8 @@ MOST_KEPT = 1 << 22
 _FEWEST_KEYS = 16
 # What products are written to: lines of columns are views, empty_like would keep their strides.
 _CONTIGUOUS = dict(memory_format=torch.contiguous_format)
+# Where maps have their heads.
+HEAD_AXIS = 2
 
 
 class _Axis:
@@ -130,18 +132,6 @@ class _Axis:
         return self.sums.new_empty(min(self.step, self.shape[0]), *self.shape[1:])
 
 
-def prefix_sums(log_alpha: Tensor, log_beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sum decays along lines: those along rows, and those along columns, (B, H, h, W) each.
-
-    Args:
-        log_alpha: (B, H, W, h).
-        log_beta: like log_alpha.
-        dtype: that of the sums.
-    """
-    log_alpha, log_beta = (t.movedim(3, 2) for t in (log_alpha, log_beta))
-    return sum_along(log_alpha, 3, dtype), sum_along(log_beta, 1, dtype)
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -155,7 +145,7 @@ def forward(
 ) -> None:
     """Fill `out`, (B, H, W, h, E), and `lse`, (B, H, W, h, 2), for the other arguments.
 
-    `along_rows` and `along_columns` are what `prefix_sums` gives.
+    `along_rows` and `along_columns`, prefix sums, are (B, H, h, W).
     """
     has_both = paths == "both"
     for group in _groups(query):
@@ -202,8 +192,8 @@ def backward(
 ) -> None:
     """Fill the gradients of query, key and value, and those of the prefix sums if asked for.
 
-    The latter are (B, H, W, h), `along_rows` and `along_columns` what `prefix_sums` gives; `dtype`
-    is that of all that is computed.
+    The latter are (B, H, W, h), `along_rows` and `along_columns` (B, H, h, W); `dtype` is that of
+    all that is computed.
     """
     differentiate = _differentiate_both if paths == "both" else _differentiate_row_first
     for group in _groups(query):

@@ -18,16 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cpu_pieces import (
-    Group,
-    even_size,
-    groups,
-    index_sign,
-    is_for_onednn,
-    log_sum_exp,
-    multiply,
-    sum_along,
-)
+from .cpu_pieces import Group, even_size, groups, index_sign, is_for_onednn, log_sum_exp, multiply
 
 # Logits of a block: 2 MiB of float32. Half or twice as many take within 10% of the time; fewer are
 # products that are too small, more do not fit the cache. In float32 with head_dim 32, on one core
@@ -36,6 +27,8 @@ from .cpu_pieces import (
 BLOCK = 1 << 19
 # Columns of a map below which its rows fill no vector in sums that broadcast along one axis.
 _FEWEST_COLUMNS = 32
+# Where prefix sums have their heads.
+HEAD_AXIS = 1
 
 
 class _Mask(NamedTuple):
@@ -181,18 +174,6 @@ def _space(query: Tensor, dtype: torch.dtype) -> Tensor:
     return query.new_empty(3, entries, dtype=dtype)
 
 
-def prefix_sums(log_alpha: Tensor, log_beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sum decays along lines: those along rows, and those along columns, (B, h, H, W) each.
-
-    Args:
-        log_alpha: (B, H, W, h).
-        log_beta: like log_alpha.
-        dtype: that of the sums.
-    """
-    log_alpha, log_beta = (t.movedim(3, 1) for t in (log_alpha, log_beta))
-    return sum_along(log_alpha, 3, dtype), sum_along(log_beta, 2, dtype)
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -206,7 +187,7 @@ def forward(
 ) -> None:
     """Fill `out`, (B, H, W, h, E), and `lse`, (B, H, W, h, paths), for the other arguments.
 
-    `along_rows` and `along_columns` are what `prefix_sums` gives.
+    `along_rows` and `along_columns`, prefix sums, are (B, h, H, W).
     """
     dtype = lse.dtype
     factor = 0.5 if paths == "both" else 1.0
@@ -250,8 +231,8 @@ def backward(
 ) -> None:
     """Fill the gradients of query, key and value, and those of the prefix sums if asked for.
 
-    The latter are (B, H, W, h), `along_rows` and `along_columns` what `prefix_sums` gives; `dtype`
-    is that of all that is computed.
+    The latter are (B, H, W, h), `along_rows` and `along_columns` (B, h, H, W); `dtype` is that of
+    all that is computed.
     """
     factor = 0.5 if paths == "both" else 1.0
     space = _space(query, dtype)
